@@ -1,0 +1,220 @@
+"""Pictures, motions and captions of the model zoo: Noto emoji on coloured grounds, moving.
+
+The pictures come from the npm package `emoji-datasource-google@16.0.0` (Noto Emoji, Apache-2.0);
+they are fetched into a cache folder and never committed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+from torch.nn import functional
+
+PACKAGE = "emoji-datasource-google@16.0.0"
+CACHE = Path.home() / ".cache" / "accel-zoo"
+
+_EMOJI = """
+apple 1f34e  banana 1f34c  grapes 1f347  watermelon 1f349  lemon 1f34b  cherries 1f352
+strawberry 1f353  pineapple 1f34d  eggplant 1f346  carrot 1f955  corn 1f33d  pizza 1f355
+hamburger 1f354  fries 1f35f  doughnut 1f369  cookie 1f36a  cake 1f370  egg 1f95a
+dog 1f436  cat 1f431  mouse 1f42d  rabbit 1f430  bear 1f43b  tiger 1f42f
+cow 1f42e  pig 1f437  frog 1f438  monkey 1f412  chicken 1f414  penguin 1f427
+fish 1f41f  octopus 1f419  snail 1f40c  bee 1f41d  turtle 1f422  whale 1f433
+car 1f697  bus 1f68c  rocket 1f680  sailboat 26f5  house 1f3e0  tent 26fa
+cactus 1f335  sunflower 1f33b  rose 1f339  mushroom 1f344  star 2b50  moon 1f314
+snowman 2603-fe0f  umbrella 2602-fe0f  key 1f511  bell 1f514  gift 1f381  balloon 1f388
+guitar 1f3b8  soccer 26bd  basketball 1f3c0  crown 1f451  heart 2764-fe0f  bomb 1f4a3
+camera 1f4f7  fire 1f525  ghost 1f47b  alien 1f47d
+""".split()
+CODEPOINTS: dict[str, str] = dict(zip(_EMOJI[::2], _EMOJI[1::2], strict=True))
+NAMES: list[str] = list(CODEPOINTS)
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "white": (245, 245, 245),
+    "black": (25, 25, 25),
+    "red": (205, 50, 50),
+    "green": (50, 160, 70),
+    "blue": (50, 80, 200),
+    "yellow": (240, 210, 60),
+    "purple": (130, 60, 160),
+    "gray": (130, 130, 130),
+}
+COLOUR_NAMES: list[str] = list(COLOURS)
+
+MOTIONS: dict[str, str] = {
+    "left": "sliding left",
+    "right": "sliding right",
+    "up": "sliding up",
+    "down": "sliding down",
+    "spin": "spinning",
+    "grow": "growing",
+    "shrink": "shrinking",
+    "bounce": "bouncing",
+    "wobble": "wobbling",
+}
+MOTION_NAMES: list[str] = list(MOTIONS)
+
+_FILLER = ["a", "on", "background"]
+VOCABULARY: list[str] = sorted(
+    {*NAMES, *COLOUR_NAMES, *_FILLER, *(word for m in MOTIONS.values() for word in m.split())}
+)
+"""Every word a caption may hold; the tokenizers know exactly these."""
+
+
+def caption(name: str, colour: str, motion: str | None = None) -> str:
+    """`"apple on a blue background sliding left"`; without the motion for pictures."""
+    still = f"{name} on a {colour} background"
+    return f"{still} {MOTIONS[motion]}" if motion else still
+
+
+def parse(text: str) -> tuple[str, str, str | None]:
+    """The (name, colour, motion) that a caption was made of."""
+    words = text.split()
+    motion = next((key for key, phrase in MOTIONS.items() if text.endswith(phrase)), None)
+    return words[0], words[3], motion
+
+
+def held_out(name: str, colour: str, motion: str | None = None) -> bool:
+    """Whether a whole combination is never shown in training (one in eight)."""
+    digest = hashlib.sha256(f"{name}/{colour}/{motion}".encode()).digest()
+    return digest[0] % 8 == 0
+
+
+def fetch(cache: Path = CACHE) -> Path:
+    """The folder with the 64×64 pictures, fetched from the npm registry when absent."""
+    folder = cache / "package" / "img" / "google" / "64"
+    if not folder.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=cache, check=True)
+        with tarfile.open(next(cache.glob("emoji-datasource-google-*.tgz"))) as archive:
+            archive.extractall(cache, filter="data")
+    return folder
+
+
+def sprites(cache: Path = CACHE, codepoints: list[str] | None = None) -> Tensor:
+    """RGBA pictures in [0, 1], colour premultiplied by alpha: (names, 4, 64, 64)."""
+    folder = fetch(cache)
+    pictures = []
+    for code in codepoints or list(CODEPOINTS.values()):
+        with Image.open(folder / f"{code}.png") as file:
+            rgba = np.asarray(file.convert("RGBA"), dtype=np.float32) / 255
+        picture = torch.from_numpy(rgba).permute(2, 0, 1)
+        pictures.append(torch.cat((picture[:3] * picture[3:], picture[3:])))
+    return torch.stack(pictures)
+
+
+def _place(pictures: Tensor, grounds: Tensor, pose: Tensor, size: int) -> Tensor:
+    """Draw pictures on flat grounds.
+
+    pictures (n, 4, 64, 64); grounds (n, 3) in [0, 1]; pose (n, 4): centre x, centre y in [-1, 1],
+    size as a share of the frame, angle in radians. Returns (n, 3, size, size) in [-1, 1].
+    """
+    x, y, scale, angle = pose.unbind(1)
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    theta = torch.stack(
+        (cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y), dim=1
+    ).view(-1, 2, 3)
+    fine = 2 * size
+    grid = functional.affine_grid(theta, [len(pictures), 4, fine, fine], align_corners=False)
+    drawn = functional.grid_sample(pictures, grid, align_corners=False, padding_mode="zeros")
+    drawn = functional.avg_pool2d(drawn, 2)
+    rgb = drawn[:, :3] + (1 - drawn[:, 3:]) * grounds[:, :, None, None]
+    return rgb * 2 - 1
+
+
+def _grounds(colours: Tensor) -> Tensor:
+    palette = torch.tensor(list(COLOURS.values()), dtype=torch.float32) / 255
+    return palette[colours.cpu()]
+
+
+def _uniform(count: int, low: float, high: float, generator: Generator) -> Tensor:
+    return low + (high - low) * torch.rand(count, generator=generator)
+
+
+def render_images(
+    pictures: Tensor, names: Tensor, colours: Tensor, size: int, generator: Generator
+) -> Tensor:
+    """Still pictures with a little freedom of place, size and angle.
+
+    pictures: `sprites()`; names, colours: (n,) indices; returns (n, 3, size, size) in [-1, 1].
+    """
+    count = len(names)
+    pose = torch.stack(
+        (
+            _uniform(count, -0.2, 0.2, generator),
+            _uniform(count, -0.2, 0.2, generator),
+            _uniform(count, 0.55, 0.75, generator),
+            _uniform(count, -0.15, 0.15, generator),
+        ),
+        dim=1,
+    )
+    return _place(pictures[names], _grounds(colours), pose, size)
+
+
+def _tracks(motions: Tensor, frames: int, generator: Generator) -> Tensor:
+    """Poses (n, frames, 4) for motion indices (n,)."""
+    count = len(motions)
+    time = torch.linspace(0, 1, frames)[None]
+    x = _uniform(count, -0.12, 0.12, generator)[:, None].expand(-1, frames)
+    y = _uniform(count, -0.12, 0.12, generator)[:, None].expand(-1, frames)
+    scale = _uniform(count, 0.55, 0.65, generator)[:, None].expand(-1, frames)
+    reach = _uniform(count, 0.38, 0.5, generator)[:, None]
+    turn = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)[:, None]
+    sweep = reach * (2 * time - 1)
+    still = torch.zeros(count, frames)
+    hop = 0.42 - 0.8 * torch.abs(torch.sin(2 * math.pi * time)) * (reach / 0.5)
+    zoom = 0.35 + 0.45 * time
+    swing = 0.6 * torch.sin(4 * math.pi * time)
+    moves: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {
+        "left": (-sweep, y, scale, still),
+        "right": (sweep, y, scale, still),
+        "up": (x, -sweep, scale, still),
+        "down": (x, sweep, scale, still),
+        "spin": (x, y, scale, turn * 2 * math.pi * time),
+        "grow": (x, y, zoom.expand(count, -1), still),
+        "shrink": (x, y, zoom.flip(1).expand(count, -1), still),
+        "bounce": (x, hop, 0.85 * scale, still),
+        "wobble": (x, y, scale, turn * swing),
+    }
+    poses = torch.zeros(count, frames, 4)
+    for index, name in enumerate(MOTION_NAMES):
+        chosen = motions == index
+        poses[chosen] = torch.stack([part.expand(count, frames)[chosen] for part in moves[name]], 2)
+    return poses
+
+
+def render_videos(
+    pictures: Tensor,
+    names: Tensor,
+    colours: Tensor,
+    motions: Tensor,
+    frames: int,
+    size: int,
+    generator: Generator,
+) -> Tensor:
+    """Moving pictures: (n, 3, frames, size, size) in [-1, 1]; see `render_images`."""
+    poses = _tracks(motions, frames, generator).flatten(0, 1)
+    repeated = pictures[names].repeat_interleave(frames, 0)
+    grounds = _grounds(colours).repeat_interleave(frames, 0)
+    drawn = _place(repeated, grounds, poses, size)
+    return drawn.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def combinations(video: bool, held: bool) -> list[tuple[str, str, str | None]]:
+    """All (name, colour, motion) combinations of the training part or of the held-out part."""
+    motions: list[str | None] = [*MOTION_NAMES] if video else [None]
+    return [
+        (name, colour, motion)
+        for name in NAMES
+        for colour in COLOURS
+        for motion in motions
+        if held_out(name, colour, motion) == held
+    ]
