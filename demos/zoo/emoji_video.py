@@ -1,0 +1,277 @@
+"""Train `emoji-video`: a Wan text-to-video pipeline of 32×32 pixels and 17 frames.
+
+    python -m demos.zoo.emoji_video vae --minutes 10
+    python -m demos.zoo.emoji_video denoiser --minutes 70
+    python -m demos.zoo.emoji_video export
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+from transformers import UMT5Config, UMT5EncoderModel
+
+from demos.zoo import data, text, train
+
+SIZE, FRAMES, TEXT_LENGTH, SHIFT = 32, 17, 16, 2.0
+LATENT = 8
+CLIPS = 16384
+VAE_CONFIG = {
+    "base_dim": 12,
+    "z_dim": LATENT,
+    "dim_mult": [1, 2, 4],
+    "num_res_blocks": 1,
+    "attn_scales": [],
+    "temperal_downsample": [True, True],
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 4,
+    "latents_mean": [0.0] * LATENT,
+    "latents_std": [1.0] * LATENT,
+}
+
+
+def autoencoder(mean: list[float] | None = None, std: list[float] | None = None) -> nn.Module:
+    """The video autoencoder: 4× in space, 4× in time, 8 channels."""
+    config = dict(VAE_CONFIG)
+    if mean is not None and std is not None:
+        config |= {"latents_mean": mean, "latents_std": std}
+    torch.manual_seed(0)
+    return AutoencoderKLWan(**config)
+
+
+class Model(nn.Module):
+    """What is trained together: denoiser and text encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            num_attention_heads=4,
+            attention_head_dim=32,
+            in_channels=LATENT,
+            out_channels=LATENT,
+            text_dim=128,
+            freq_dim=64,
+            ffn_dim=512,
+            num_layers=14,
+            cross_attn_norm=True,
+            rope_max_seq_len=64,
+        )
+        self.text_encoder = UMT5EncoderModel(
+            UMT5Config(
+                vocab_size=text.VOCABULARY_SIZE,
+                d_model=128,
+                d_kv=32,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                relative_attention_num_buckets=16,
+                relative_attention_max_distance=32,
+                is_encoder_decoder=False,
+                tie_word_embeddings=True,
+            )
+        )
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """Prompt embeddings as WanPipeline makes them: zero after the end of the text."""
+        mask = ids != 0
+        states = self.text_encoder(ids, mask.long()).last_hidden_state
+        return states * mask[..., None]
+
+
+def batch(count: int, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of (name, colour, motion) drawn from the training combinations."""
+    table = _training_table()
+    rows = table[torch.randint(len(table), (count,), generator=generator)]
+    return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+@functools.cache
+def _training_table() -> Tensor:
+    return torch.tensor(
+        [
+            (data.NAMES.index(n), data.COLOUR_NAMES.index(c), data.MOTION_NAMES.index(m))
+            for n, c, m in data.combinations(video=True, held=False)
+            if m is not None
+        ]
+    )
+
+
+def train_vae(minutes: float, device: str) -> None:
+    """Reconstruct clips; prints the PSNR on held-out combinations as it goes."""
+    vae = autoencoder().to(device)
+    pictures = data.sprites()
+
+    def clips(count: int, generator: Generator) -> Tensor:
+        rows = batch(count, generator)
+        return data.render_videos(pictures, *rows, FRAMES, SIZE, generator).to(device)
+
+    def loss(generator: Generator) -> Tensor:
+        video = clips(8, generator)
+        posterior = vae.encode(video).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        error = decoded - video
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return error.abs().mean() + 2 * error.square().mean() + 1e-4 * kl
+
+    def progress(model: nn.Module, step: int) -> None:
+        generator = Generator().manual_seed(1)
+        video = clips(32, generator)
+        decoded = model.decode(model.encode(video).latent_dist.mode()).sample.clamp(-1, 1)
+        psnr = -10 * torch.log10(((decoded - video) / 2).square().mean((1, 2, 3, 4))).mean()
+        print(f"vae step {step} PSNR {psnr:.2f} dB", flush=True)
+
+    train.fit(
+        "emoji-video-vae",
+        vae,
+        loss,
+        minutes=minutes,
+        lr=2e-3,
+        ema=0.995,
+        progress=progress,
+        progress_minutes=2,
+    )
+
+
+def load_vae() -> nn.Module:
+    """The trained autoencoder with measured latent statistics."""
+    saved = torch.load(train.CHECKPOINTS / "emoji-video-vae.pt", weights_only=True)["averaged"]
+    statistics = train.CHECKPOINTS / "emoji-video-latents.pt"
+    if statistics.exists():
+        known = torch.load(statistics, weights_only=True)
+        vae = autoencoder(known["mean"], known["std"])
+    else:
+        vae = autoencoder()
+    vae.load_state_dict(saved)
+    return vae.eval()
+
+
+@torch.no_grad()
+def latents(device: str) -> dict[str, Tensor]:
+    """A fixed set of clips, encoded once: normalised latents and their (name, colour, motion)."""
+    file = train.CHECKPOINTS / "emoji-video-latents.pt"
+    if file.exists():
+        return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
+    vae, pictures = load_vae().to(device), data.sprites()
+    generator = Generator().manual_seed(2)
+    parts, labels = [], []
+    for _ in range(CLIPS // 64):
+        rows = batch(64, generator)
+        clips = data.render_videos(pictures, *rows, FRAMES, SIZE, generator).to(device)
+        parts.append(vae.encode(clips).latent_dist.mode().cpu())
+        labels.append(torch.stack(rows, 1))
+    found = torch.cat(parts)
+    mean, std = found.mean((0, 2, 3, 4)), found.std((0, 2, 3, 4))
+    normal = (found - mean[:, None, None, None]) / std[:, None, None, None]
+    result = {
+        "latents": normal,
+        "labels": torch.cat(labels),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+    }
+    torch.save(result, file)
+    return result
+
+
+def train_denoiser(minutes: float, device: str, batch_size: int) -> None:
+    """Flow matching: predict noise − clip at a shifted logit-normal noise level."""
+    model = Model().to(device)
+    known = latents(device)
+    clips, labels = known["latents"], known["labels"]
+    tokens = text.token_table(with_motion=True)
+
+    def loss(generator: Generator) -> Tensor:
+        rows = torch.randint(len(clips), (batch_size,), generator=generator)
+        ids = tokens[labels[rows][:, 0], labels[rows][:, 1], labels[rows][:, 2]]
+        dropped = torch.rand(batch_size, generator=generator) < 0.1
+        ids = torch.where(dropped[:, None], text.empty(TEXT_LENGTH), ids).to(device)
+        clean = clips[rows].to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        normal = torch.randn(batch_size, generator=generator)
+        u = torch.sigmoid(normal)
+        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
+        level = sigma[:, None, None, None, None]
+        noisy = (1 - level) * clean + level * noise
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            predicted = model.transformer(
+                noisy, sigma * 1000, model.encode(ids), return_dict=False
+            )[0]
+        return functional.mse_loss(predicted.float(), noise - clean)
+
+    def progress(trained: nn.Module, step: int) -> None:
+        from demos.zoo.export import contact_sheet
+
+        file = train.CHECKPOINTS / f"emoji-video-{step:06d}.png"
+        contact_sheet(pipeline(trained.state_dict()), text.sheet_prompts(video=True), CALL, file)
+
+    train.fit(
+        "emoji-video",
+        model,
+        loss,
+        minutes=minutes,
+        lr=1.5e-3,
+        muon=("transformer.blocks", "text_encoder.encoder.block"),
+        ema=0.9985,
+        progress=progress,
+        progress_minutes=6,
+    )
+
+
+CALL = {
+    "height": SIZE,
+    "width": SIZE,
+    "num_frames": FRAMES,
+    "num_inference_steps": 50,
+    "guidance_scale": 4.0,
+    "max_sequence_length": TEXT_LENGTH,
+}
+
+
+def pipeline(weights: dict[str, Tensor]) -> WanPipeline:
+    """The plain diffusers pipeline around trained weights."""
+    model = Model()
+    model.load_state_dict(weights)
+    return WanPipeline(
+        tokenizer=text.t5_tokenizer(TEXT_LENGTH),
+        text_encoder=model.text_encoder.eval(),
+        vae=load_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        transformer=model.transformer.eval(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["vae", "denoiser", "export"])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--batch-size", type=int, default=48)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("zoo/emoji-video"))
+    options = parser.parse_args()
+    if options.part == "vae":
+        train_vae(options.minutes, options.device)
+    elif options.part == "denoiser":
+        train_denoiser(options.minutes, options.device, options.batch_size)
+    else:
+        from demos.zoo.export import export
+
+        weights = torch.load(train.CHECKPOINTS / "emoji-video.pt", weights_only=True)["averaged"]
+        export("emoji-video", pipeline(weights), CALL, options.output, fps=8)
+
+
+if __name__ == "__main__":
+    main()
