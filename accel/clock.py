@@ -1,0 +1,46 @@
+"""Where a run stands: which step of how many, counted by the scheduler and not by the denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StepClock:
+    """Step clock of one pipeline.
+
+    A run begins with `scheduler.set_timesteps`, a step ends with `scheduler.step`; several denoiser
+    calls in one step (guidance branches, other passes) share the step. Between runs `step` is None.
+    """
+
+    step: int | None = None
+    total: int = 0
+    schedule: int = 0
+    """Length of the scheduler's whole schedule; longer than `total` for image-to-image."""
+    run: int = 0
+    completed: int = 0
+    """Number of the last run that made all its steps."""
+    listeners: list[Callable[[], None]] = field(default_factory=list)
+
+    def begin(self, total: int) -> None:
+        """A new run of `total` steps: everybody forgets."""
+        self.run += 1
+        self.step, self.total, self.schedule = 0, total, total
+        for forget in self.listeners:
+            forget()
+
+    def shorten(self, total: int, schedule: int) -> None:
+        """The loop makes only the last `total` steps of the schedule (known at its first step)."""
+        self.total, self.schedule = total, schedule
+
+    def advance(self) -> None:
+        """The scheduler finished a step."""
+        if self.step is not None:
+            self.step += 1
+            if self.step == self.total:
+                self.completed = self.run
+
+    def end(self) -> None:
+        """The run is over, normally or by an exception."""
+        self.step = None

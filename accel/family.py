@@ -1,0 +1,112 @@
+"""What we know about one model architecture, as data."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from accel.method import AccelError
+
+HIDDEN = "hidden_states"
+ENCODER = "encoder_hidden_states"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The arguments of one call, looked up by parameter name whether or not it was positional."""
+
+    names: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def get(self, name: str) -> Any:
+        """The value passed for `name`, or None."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        if name in self.names:
+            place = self.names.index(name)
+            if place < len(self.args):
+                return self.args[place]
+        return None
+
+
+Observer = Callable[[Any, Arguments], Any]
+"""`observer(block_0, its arguments)` → the tensor that TeaCache watches."""
+
+
+def modulated_input(block: Any, arguments: Arguments) -> Any:
+    """Block 0's normalised input after the timestep modulation, (batch, tokens, channels)."""
+    return block.norm1(arguments.get(HIDDEN), arguments.get("temb"))[0]
+
+
+def time_embedding(name: str = "temb") -> Observer:
+    """The (projected) timestep embedding that block 0 receives as argument `name`."""
+
+    def observe(_: Any, arguments: Arguments) -> Any:
+        return arguments.get(name)
+
+    return observe
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One list of blocks.
+
+    `outputs` names the streams that a block returns, in order; one name means a bare tensor, and
+    None means "learn it at the first forward". Streams enter as arguments of the same names.
+    """
+
+    name: str
+    outputs: tuple[str, ...] | None = (HIDDEN,)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture: its stacks in calling order and how its pipelines do guidance.
+
+    `guidance`: "batched" (both branches in one call), "sequential" (one call each) or "embedded".
+    `interleaved`: blocks of the stacks alternate (Latte) instead of following each other.
+    `relayout(x, like)`: bring a tensor in the first block's layout into that of `like`.
+    """
+
+    name: str
+    stacks: tuple[Stack, ...] = ()
+    guidance: Literal["batched", "sequential", "embedded"] = "batched"
+    observer: Observer | None = None
+    interleaved: bool = False
+    relayout: Callable[[Any, Any], Any] | None = None
+    latent: str = HIDDEN
+
+    def chain(self, denoiser: Any) -> list[tuple[Any, Stack]]:
+        """The blocks in calling order, each with its stack."""
+        lists = [
+            [(block, stack) for block in getattr(denoiser, stack.name)] for stack in self.stacks
+        ]
+        if self.interleaved:
+            return [entry for group in zip(*lists, strict=True) for entry in group]
+        return [entry for blocks in lists for entry in blocks]
+
+
+_LIST_NAMES = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+
+
+def detect(denoiser: Any) -> Family:
+    """Describe an unregistered transformer by its block lists, or refuse with the reason."""
+    name = type(denoiser).__name__
+    found: Sequence[str] = [
+        child
+        for child in _LIST_NAMES
+        if len(getattr(denoiser, child, ())) > 0 and _takes_hidden(getattr(denoiser, child)[0])
+    ]
+    if not found or sum(len(getattr(denoiser, child)) for child in found) < 2:
+        raise AccelError(
+            f"{name}: no list of at least two blocks that take `hidden_states` was found among "
+            f"{', '.join(_LIST_NAMES)}; describe the model by a Family in accel.pipelines"
+        )
+    return Family(name=name, stacks=tuple(Stack(child, outputs=None) for child in found))
+
+
+def _takes_hidden(block: Any) -> bool:
+    return HIDDEN in inspect.signature(block.forward).parameters

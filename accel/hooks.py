@@ -1,0 +1,119 @@
+"""Overriding methods of single objects by giving the object a subclass of its own class.
+
+The override lies outside `forward`, so compiled regions, accelerate's offload hooks, PEFT and
+diffusers' own hooks keep working, and giving the class back restores the object exactly.
+This is the only file of the package that touches private parts of torch or diffusers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accel.method import AccelError
+
+_STATE = "_accel_overrides"
+_subclasses: dict[tuple[type, tuple[str, ...]], type] = {}
+
+Override = Callable[..., Any]
+"""Called as `override(original, *args, **kwargs)`; `original` is the untouched bound method."""
+
+
+def override(instance: Any, overrides: Mapping[str, Override]) -> Callable[[], None]:
+    """Override methods of `instance` alone; returns the undo.
+
+    Copies and pickles of the instance are plain objects of the original class.
+    """
+    if _STATE in instance.__dict__:
+        raise AccelError(f"this {type(instance).__name__} is patched already; accel.unpatch first")
+    base = type(instance)
+    names = tuple(sorted(name for name in overrides if hasattr(base, name)))
+    subclass = _subclass(base, names)
+    instance.__dict__[_STATE] = dict(overrides)
+    instance.__class__ = subclass
+
+    def undo() -> None:
+        instance.__dict__.pop(_STATE, None)
+        if type(instance) is subclass:
+            instance.__class__ = base
+
+    return undo
+
+
+def _subclass(base: type, names: tuple[str, ...]) -> type:
+    """One subclass per class and set of names, so that compiled code is shared between blocks."""
+    key = (base, names)
+    if key not in _subclasses:
+        namespace: dict[str, Any] = {name: _delegate(name, getattr(base, name)) for name in names}
+        namespace |= {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__reduce_ex__": _reduce_as(base),
+        }
+        _subclasses[key] = type(base.__name__, (base,), namespace)
+        _share_block_metadata(base, _subclasses[key])
+    return _subclasses[key]
+
+
+def _delegate(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        overrides = self.__dict__.get(_STATE)
+        bound = original.__get__(self)
+        if overrides is None:
+            return bound(*args, **kwargs)
+        return overrides[name](bound, *args, **kwargs)
+
+    return method
+
+
+def _reduce_as(base: type) -> Callable[[Any, Any], Any]:
+    """Reduce to the original class without our state, for `copy` and `pickle`."""
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        constructor, arguments, *rest = base.__reduce_ex__(self, protocol)
+        arguments = tuple(base if item is type(self) else item for item in arguments)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {key: value for key, value in rest[0].items() if key != _STATE}
+        return (constructor, arguments, *rest)
+
+    return reduce
+
+
+def _share_block_metadata(base: type, subclass: type) -> None:
+    """Let diffusers' guiders and hooks, which look classes up exactly, know the subclass too."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        known = TransformerBlockRegistry._registry
+    except (ImportError, AttributeError):
+        return
+    if base in known:
+        known[subclass] = known[base]
+
+
+def foreign_cache(module: Any) -> str | None:
+    """Name of a cache that somebody else enabled on a denoiser, or None."""
+    if getattr(module, "is_cache_enabled", False):
+        return type(module._cache_config).__name__
+    if getattr(module, "_is_cached", False):
+        return "cache-dit"
+    return None
+
+
+def is_compiled_whole(module: Any) -> bool:
+    """Whether the whole denoiser (not its blocks) was compiled."""
+    return hasattr(module, "_orig_mod") or (
+        getattr(module, "_compiled_call_impl", None) is not None
+    )
+
+
+def call_length(pipe: Any, scheduler: Any) -> tuple[int, int]:
+    """`(steps this call makes, length of the full schedule)`; they differ for image-to-image."""
+    full = len(scheduler.timesteps)
+    made = getattr(pipe, "_num_timesteps", None)
+    if isinstance(made, int) and 0 < made <= full:
+        return made, full
+    return full, full

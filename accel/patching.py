@@ -1,0 +1,240 @@
+"""`patch`, `unpatch`, `patched`, `stats`: make a pipeline faster, and undo it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accel import registry
+from accel.clock import StepClock
+from accel.denoiser import Denoiser
+from accel.hooks import call_length, foreign_cache, override
+from accel.method import AccelError, Handle, Method
+from accel.recipe import Recipe, beside
+from accel.report import Report
+
+logger = logging.getLogger(__name__)
+
+_PATCH = "_accel_patch"
+_DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+class Patch:
+    """What `patch` returns: the methods attached to one pipeline, and their removal."""
+
+    def __init__(self, pipe: Any, methods: tuple[Method, ...]) -> None:
+        self._pipe = pipe
+        self._clock = StepClock()
+        self._lock = threading.RLock()
+        self._undo: list[Callable[[], None]] = []
+        self._handles: list[tuple[Method, list[Handle]]] = []
+        self._scheduler: Any = None
+        self._denoisers = _denoisers(pipe, self._clock)
+        try:
+            self._attach(methods)
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The attached methods, with what they measured by now."""
+        return tuple(
+            handles[0].settled() if handles[0].settled is not None else method
+            for method, handles in self._handles
+        )
+
+    def report(self) -> Report:
+        """The last run (or the one in progress)."""
+        rows = sorted(
+            (row for denoiser in self._denoisers for row in denoiser.rows), key=lambda row: row.step
+        )
+        return Report(
+            methods=tuple(_describe(method) for method, _ in self._handles),
+            rows=tuple(rows),
+            memory_bytes=sum(denoiser.memory_bytes for denoiser in self._denoisers),
+        )
+
+    def recipe(self) -> Recipe:
+        """The attached methods with their measured tables, for saving."""
+        return Recipe.of(self.methods, model=type(self._denoisers[0].module).__name__)
+
+    def remove(self) -> None:
+        """Undo everything; calling it again does nothing."""
+        for _, handles in reversed(self._handles):
+            for handle in handles:
+                handle.remove()
+        self._handles = []
+        while self._undo:
+            self._undo.pop()()
+        self._release_scheduler()
+        if self._pipe.__dict__.get(_PATCH) is self:
+            del self._pipe.__dict__[_PATCH]
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    # --- attaching -----------------------------------------------------------------------------
+
+    def _attach(self, methods: tuple[Method, ...]) -> None:
+        for method in methods:
+            handles: list[Handle] = []
+            self._handles.append((method, handles))
+            for denoiser in self._denoisers:
+                handles.append(method.attach(denoiser))
+        for denoiser in self._denoisers:
+            denoiser.first_call = self._first_call
+            self._clock.listeners.append(denoiser.begin)
+        self._pipe.__dict__[_PATCH] = self
+        self._undo.append(override(self._pipe, {"__call__": self._run}))
+        self._hold_scheduler()
+
+    def _hold_scheduler(self) -> None:
+        """Follow the pipeline's scheduler of now; users swap it between runs."""
+        scheduler = self._pipe.scheduler
+        if scheduler is self._scheduler:
+            return
+        self._release_scheduler()
+        undo = override(scheduler, {"set_timesteps": self._set_timesteps, "step": self._step})
+        self._scheduler, self._release = scheduler, undo
+
+    def _release_scheduler(self) -> None:
+        if self._scheduler is not None:
+            self._release()
+        self._scheduler = None
+
+    # --- a run ---------------------------------------------------------------------------------
+
+    def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            self._hold_scheduler()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._clock.end()
+                for denoiser in self._denoisers:
+                    denoiser.forget()
+
+    def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._clock.begin(len(self._scheduler.timesteps))
+        return result
+
+    def _first_call(self) -> None:
+        self._clock.shorten(*call_length(self._pipe, self._scheduler))
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._clock.advance()
+        return result
+
+
+def patch(pipe: Any, *methods: Method, recipe: Recipe | dict[str, Any] | str | Path | None = None) -> Patch:
+    """Make `pipe` faster until `unpatch(pipe)`.
+
+    `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict or a
+    `Recipe`). With neither, the recipe that lies beside the model's weights is used, or else
+    `EasyCache()`, which needs no knowledge of the model. Patching again replaces. Only this
+    pipeline's objects are changed, never classes; on an error the pipeline is as before.
+    """
+    if methods and recipe is not None:
+        raise AccelError("accel.patch: give methods or a recipe, not both")
+    chosen = methods or _from_recipe(pipe, recipe)
+    _check_methods(chosen)
+    previous = pipe.__dict__.get(_PATCH) if hasattr(pipe, "__dict__") else None
+    _refuse_foreign_caches(pipe)
+    before = previous.methods if previous is not None else ()
+    if previous is not None:
+        previous.remove()
+    try:
+        return Patch(pipe, chosen)
+    except BaseException:
+        if previous is not None:
+            Patch(pipe, before)
+        raise
+
+
+def unpatch(pipe: Any) -> None:
+    """Give the pipeline back as it was; does nothing when it is not patched."""
+    existing = getattr(pipe, "__dict__", {}).get(_PATCH)
+    if existing is not None:
+        existing.remove()
+
+
+@contextlib.contextmanager
+def patched(
+    pipe: Any, *methods: Method, recipe: Recipe | dict[str, Any] | str | Path | None = None
+) -> Iterator[Patch]:
+    """`with accel.patched(pipe, …):` patches for the block only."""
+    handle = patch(pipe, *methods, recipe=recipe)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def stats(pipe: Any) -> Report:
+    """What the last run of a patched pipeline computed and reused."""
+    existing = getattr(pipe, "__dict__", {}).get(_PATCH)
+    if existing is None:
+        raise AccelError(f"this {type(pipe).__name__} is not patched; call accel.patch(pipe) first")
+    return existing.report()  # type: ignore[no-any-return]
+
+
+def _from_recipe(pipe: Any, recipe: Recipe | dict[str, Any] | str | Path | None) -> tuple[Method, ...]:
+    if recipe is None:
+        found = beside(pipe)
+        if found is None:
+            easy: Method = registry.method("easycache")()
+            logger.info("no recipe is known for this model; using %s", easy)
+            return (easy,)
+        return found.methods
+    return Recipe.read(recipe).methods
+
+
+def _check_methods(methods: tuple[Any, ...]) -> None:
+    slots: dict[str, str] = {}
+    for method in methods:
+        name = type(method).__name__
+        if isinstance(method, type) or not isinstance(method, Method):
+            known = ", ".join(path.split(":")[1] for path in registry.METHODS.values())
+            raise AccelError(f"{method!r} is not a method; accepted are objects such as {known}")
+        if method.slot in slots:
+            raise AccelError(
+                f"{slots[method.slot]} and {name} both change the {method.slot!r} slot; use one"
+            )
+        slots[method.slot] = name
+
+
+def _denoisers(pipe: Any, clock: StepClock) -> list[Denoiser]:
+    components = getattr(pipe, "components", None)
+    if not isinstance(components, dict):
+        raise AccelError(f"{type(pipe).__name__} is not a diffusers pipeline")
+    found = [(name, components[name]) for name in _DENOISERS if components.get(name) is not None]
+    if not found or getattr(pipe, "scheduler", None) is None:
+        raise AccelError(
+            f"{type(pipe).__name__} has no denoiser with a scheduler: looked for "
+            f"{', '.join(_DENOISERS)} among {', '.join(components) or 'no components'}"
+        )
+    return [Denoiser(name, module, registry.family(module), clock) for name, module in found]
+
+
+def _refuse_foreign_caches(pipe: Any) -> None:
+    for name in _DENOISERS:
+        other = foreign_cache(getattr(pipe, name, None))
+        if other is not None:
+            raise AccelError(
+                f"pipe.{name} already has a cache enabled by {other}; disable it first "
+                f"(pipe.{name}.disable_cache())"
+            )
+
+
+def _describe(method: Method) -> str:
+    return type(method).__name__

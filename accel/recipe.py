@@ -1,0 +1,153 @@
+"""Recipes: chosen methods with where they came from, as strict JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from accel import registry
+from accel.method import AccelError, Method
+
+FILE_NAME = "accel_recipe.json"
+_LIMIT = 1_000_000
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    name: str
+    settings: dict[str, Any] = {}
+
+
+class Recipe(BaseModel):
+    """The methods of one model, in order, and the evidence for them.
+
+    `model` is the denoiser's class name; `measured` holds benchmark rows and may be empty.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+    schema_version: Literal[1] = 1
+    model: str = ""
+    entries: tuple[_Entry, ...]
+    measured: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The settings objects; raises `AccelError` naming an unknown method or setting."""
+        return tuple(_build(registry.method(entry.name), entry.settings) for entry in self.entries)
+
+    @classmethod
+    def of(cls, methods: tuple[Method, ...], model: str = "") -> Recipe:
+        """The recipe of some settings objects."""
+        entries = tuple(
+            _Entry(name=type(method).__name__, settings=_settings(method)) for method in methods
+        )
+        return cls(model=model, entries=entries)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read and check a recipe file (UTF-8 JSON, at most 1 MB)."""
+        file = Path(path)
+        try:
+            if file.stat().st_size > _LIMIT:
+                raise AccelError(f"recipe {file}: larger than {_LIMIT} bytes")
+            content = json.loads(
+                file.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates
+            )
+        except OSError as error:
+            raise AccelError(f"recipe {file}: cannot be read ({error.strerror})") from error
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise AccelError(f"recipe {file}: not UTF-8 JSON ({error})") from error
+        return cls.read(content, str(file))
+
+    @classmethod
+    def read(cls, source: Recipe | Mapping[str, Any] | str | Path, name: str = "recipe") -> Recipe:
+        """A recipe from a recipe, a dict or a path; everything in it is checked."""
+        if isinstance(source, Recipe):
+            return source
+        if isinstance(source, str | Path):
+            return cls.load(source)
+        try:
+            recipe = cls.model_validate(source)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(str(part) for part in item['loc']) or 'top level'}: {item['msg']}"
+                for item in error.errors()
+            )
+            raise AccelError(f"{name}: {problems}") from error
+        _ = recipe.methods
+        return recipe
+
+    def save(self, path: str | Path) -> None:
+        """Write the file in one piece: it is either whole or not there."""
+        file = Path(path)
+        part = file.with_name(file.name + ".part")
+        with part.open("w", encoding="utf-8") as out:
+            out.write(self.model_dump_json(indent=2) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        part.replace(file)
+
+
+def beside(pipe: Any) -> Recipe | None:
+    """The recipe that lies in the folder the pipeline was loaded from, if any."""
+    origin = getattr(pipe, "config", {}).get("_name_or_path") if hasattr(pipe, "config") else None
+    if not isinstance(origin, str) or not (Path(origin) / FILE_NAME).is_file():
+        return None
+    return Recipe.load(Path(origin) / FILE_NAME)
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """Fields that differ from their defaults; an approximator becomes {"name", …fields}."""
+    settings: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        content = getattr(value, item.name)
+        if content == item.default:
+            continue
+        if dataclasses.is_dataclass(content):
+            content = {"name": type(content).__name__, **_settings(content)}
+        settings[item.name] = content
+    return settings
+
+
+def _build(kind: Any, settings: Mapping[str, Any]) -> Any:
+    """An object of a settings class from JSON values."""
+    fields = {item.name for item in dataclasses.fields(kind)}
+    unknown = sorted(set(settings) - fields)
+    if unknown:
+        raise AccelError(
+            f"{kind.__name__} has no setting {', '.join(unknown)}; accepted: "
+            f"{', '.join(sorted(fields)) or 'none'}"
+        )
+    values = {name: _value(content) for name, content in settings.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise AccelError(f"{kind.__name__}: {error}") from error
+
+
+def _value(content: Any) -> Any:
+    if isinstance(content, list | tuple):
+        return tuple(_value(item) for item in content)
+    if isinstance(content, Mapping):
+        if "name" in content:
+            rest = {key: value for key, value in content.items() if key != "name"}
+            return _build(registry.approximator(str(content["name"])), rest)
+        return {str(key): _value(item) for key, item in content.items()}
+    return content
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [key for key, _ in pairs]
+        twice = sorted({key for key in names if names.count(key) > 1})
+        raise AccelError(f"recipe: duplicate keys {', '.join(twice)}")
+    return found

@@ -1,0 +1,67 @@
+"""Two tables: method name → class, denoiser class name → family. Imports only when asked."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from accel.family import Family, detect
+from accel.method import AccelError
+
+METHODS: dict[str, str] = {
+    "magcache": "accel.caches.mag_cache:MagCache",
+    "firstblockcache": "accel.caches.first_block_cache:FirstBlockCache",
+    "easycache": "accel.caches.easy_cache:EasyCache",
+    "teacache": "accel.caches.tea_cache:TeaCache",
+    "plaincycle": "accel.caches.plain_cycle:PlainCycle",
+}
+
+APPROXIMATORS: dict[str, str] = {
+    "holdresidual": "accel.caches.approximators:HoldResidual",
+    "taylor": "accel.caches.approximators:Taylor",
+    "newton": "accel.caches.approximators:Newton",
+}
+
+FAMILIES: dict[str, str] = {
+    "FluxTransformer2DModel": "flux",
+    "SD3Transformer2DModel": "sd3",
+    "PixArtTransformer2DModel": "pixart",
+    "WanTransformer3DModel": "wan",
+    "HunyuanVideoTransformer3DModel": "hunyuan_video",
+    "CogVideoXTransformer3DModel": "cogvideox",
+    "LTXVideoTransformer3DModel": "ltx",
+    "QwenImageTransformer2DModel": "qwen_image",
+    "MochiTransformer3DModel": "mochi",
+    "LatteTransformer3DModel": "latte",
+    "DiTTransformer2DModel": "dit",
+    "UNet2DConditionModel": "unet",
+}
+
+
+def _load(table: dict[str, str], name: str, kind: str) -> Any:
+    key = name.lower().replace("_", "").replace("-", "")
+    if key not in table:
+        accepted = ", ".join(sorted(table))
+        raise AccelError(f"unknown {kind} {name!r}; accepted: {accepted}")
+    module, attribute = table[key].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def method(name: str) -> Any:
+    """The class of a method by its published name, in any case, `_` and `-` ignored."""
+    return _load(METHODS, name, "method")
+
+
+def approximator(name: str) -> Any:
+    """The class of an approximator by its name."""
+    return _load(APPROXIMATORS, name, "approximator")
+
+
+def family(denoiser: Any) -> Family:
+    """The family of a denoiser by its class or a base of it; else described by its structure."""
+    module = getattr(denoiser, "_orig_mod", denoiser)
+    for base in type(module).__mro__:
+        if base.__name__ in FAMILIES:
+            found = importlib.import_module(f"accel.pipelines.{FAMILIES[base.__name__]}")
+            return found.FAMILY  # type: ignore[no-any-return]
+    return detect(module)

@@ -1,0 +1,52 @@
+"""Plain cycle: compute every k-th step, reuse in between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from accel.caches.approximators import HoldResidual
+from accel.denoiser import Denoiser
+from accel.method import Handle, check, is_count
+from accel.site import Approximator, Branch, Computed, Signals, StepContext
+
+
+@dataclass(frozen=True)
+class PlainCycle:
+    """Compute every `interval`-th step after `warmup` steps; the baseline of every cache.
+
+    On chains of transformer blocks the whole stack's residual is reused; on U-Nets that of the
+    whole denoiser. Static: no device value is read, rows of a batch are independent.
+    """
+
+    slot: ClassVar[str] = "stack"
+
+    interval: int = 3
+    warmup: int = 1
+    reuse: Approximator = HoldResidual()
+
+    def __post_init__(self) -> None:
+        check(is_count(self.interval, 1), self, "interval", "a whole number ≥ 1")
+        check(is_count(self.warmup, 0), self, "warmup", "a whole number ≥ 0")
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to the block chain, or to the whole denoiser when there is none."""
+
+        def policy(_: Branch) -> _Cycle:
+            return _Cycle(self)
+
+        if denoiser.blocks:
+            return denoiser.cache(policy, self.reuse, method="PlainCycle")
+        return denoiser.cache_model(policy, self.reuse)
+
+
+class _Cycle:
+    def __init__(self, settings: PlainCycle) -> None:
+        self.settings = settings
+
+    def skip(self, context: StepContext, signals: Signals) -> bool:
+        past = context.step - self.settings.warmup
+        return past >= 0 and (past + 1) % self.settings.interval != 0
+
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
+        pass

@@ -1,0 +1,13 @@
+"""HunyuanVideo: joint-attention blocks, then single-stream blocks; both return (video, text)."""
+
+from accel.family import ENCODER, HIDDEN, Family, Stack, modulated_input
+
+FAMILY = Family(
+    name="hunyuan_video",
+    stacks=(
+        Stack("transformer_blocks", (HIDDEN, ENCODER)),
+        Stack("single_transformer_blocks", (HIDDEN, ENCODER)),
+    ),
+    guidance="sequential",
+    observer=modulated_input,
+)

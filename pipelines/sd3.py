@@ -1,0 +1,9 @@
+"""Stable Diffusion 3 and 3.5: joint-attention blocks; the last returns no text stream."""
+
+from accel.family import ENCODER, HIDDEN, Family, Stack, modulated_input
+
+FAMILY = Family(
+    name="sd3",
+    stacks=(Stack("transformer_blocks", (ENCODER, HIDDEN)),),
+    observer=modulated_input,
+)
