@@ -65,7 +65,142 @@ class Signals(Protocol):
         """The family's observer (see `accel.family.Observer`)."""
         ...
 
-    def mean_change(new: Tensor, old: Tensor, scale: Tensor | None = None, group: Any = None) -> float:
+    def relative_change(self, new: Tensor, old: Tensor) -> float:
+        """mean|new − old| / mean|old| in fp32, one host transfer; the same on every rank."""
+        ...
+
+    def mean_change(self, new: Tensor, old: Tensor, scale: Tensor | None = None) -> float:
+        """mean|new − old| (over mean|scale| when given), otherwise as `relative_change`."""
+        ...
+
+
+class Policy(Protocol):
+    """Decides for one site and branch during one run; made anew for each run."""
+
+    def skip(self, context: StepContext, signals: Signals) -> bool:
+        """Whether to skip this step. Asked at every step that reaches the site."""
+        ...
+
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
+        """Told after the span was computed, also when `skip` had said otherwise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A computed span: what went in, what came out, and the residual, one tensor per stream."""
+
+    inputs: Streams
+    outputs: Streams
+    residual: Streams
+
+
+class History(Protocol):
+    """What an approximator remembers of one site and branch."""
+
+    def update(self, step: int, value: Streams) -> None:
+        """Remember the residual computed at `step`."""
+        ...
+
+    def predict(self, step: int) -> Streams:
+        """The residual expected at `step`."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether `predict` can be asked."""
+        ...
+
+    @property
+    def extrapolates(self) -> bool:
+        """Whether `predict` does more than repeat the last value."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Everything held, for the memory report."""
+        ...
+
+
+class Approximator(Protocol):
+    """Stands in for a skipped span; a frozen dataclass of settings."""
+
+    def start(self) -> History:
+        """An empty history."""
+        ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """A span with its policy and approximator; `stop` None means the whole denoiser."""
+
+    start: int
+    stop: int | None
+    policy: Callable[[Branch], Policy]
+    reuse: Approximator
+
+
+@dataclass
+class SiteState:
+    """One site of one branch during one run."""
+
+    policy: Policy
+    history: History
+    skipped: int = 0
+    inputs: Streams = ()
+    outputs_like: Any = None
+
+
+@dataclass
+class BranchState:
+    """Everything kept for one branch of one denoiser during one run."""
+
+    branch: Branch
+    signature: tuple[Any, ...]
+    condition: Any
+    sites: list[SiteState]
+
+
+@dataclass
+class Forward:
+    """One denoiser call in flight."""
+
+    state: BranchState
+    step: int
+    total: int
+    place: int
+    schedule: int
+    blocks_run: int = 0
+    verdict: str = "computed"
+    entry: Streams = ()
+    entry_arguments: Any = None
+    entry_block: Any = None
+    skipping: set[int] = field(default_factory=set)
+
+    def context(self, site: SiteState) -> StepContext:
+        """The step as the site's policy sees it."""
+        return StepContext(
+            self.step, self.total, self.place, self.schedule, self.state.branch, site.skipped
+        )
+
+    def decide(self, index: int, signals: Signals) -> bool:
+        """Ask the policy of site number `index`; True means skip."""
+        site = self.state.sites[index]
+        skip = site.policy.skip(self.context(site), signals) and site.history.ready
+        if skip:
+            site.skipped += 1
+            self.skipping.add(index)
+            self.verdict = "extrapolated" if site.history.extrapolates else "reused"
+        return skip
+
+    def remember(self, index: int, signals: Signals, computed: Computed) -> None:
+        """The span of site `index` was computed."""
+        site = self.state.sites[index]
+        site.policy.computed(self.context(site), signals, computed)
+        site.history.update(self.step, computed.residual)
+        site.skipped = 0
+
+
+def mean_change(new: Tensor, old: Tensor, scale: Tensor | None = None, group: Any = None) -> float:
     """mean|new − old| / mean|scale| in fp32; averaged over `group`'s ranks so that all agree."""
     difference = (new.float() - old.float()).abs().mean()
     size = torch.ones_like(difference) if scale is None else scale.float().abs().mean()

@@ -115,12 +115,17 @@ def train_vae(minutes: float, device: str) -> None:
     vae = autoencoder().to(device)
     pictures = data.sprites()
 
-    def clips(count: int, generator: Generator) -> Tensor:
+    def clips(count: int, frames: int, generator: Generator) -> Tensor:
         rows = batch(count, generator)
-        return data.render_videos(pictures, *rows, FRAMES, SIZE, generator).to(device)
+        video = data.render_videos(pictures, *rows, FRAMES, SIZE, generator)
+        first = int(torch.randint(FRAMES - frames + 1, (), generator=generator))
+        return video[:, :, first : first + frames].to(device)
 
     def loss(generator: Generator) -> Tensor:
-        video = clips(8, generator)
+        count, frames = ((16, 5), (16, 5), (8, 9), (4, FRAMES))[
+            int(torch.randint(4, (), generator=generator))
+        ]
+        video = clips(count, frames, generator)
         posterior = vae.encode(video).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -130,7 +135,7 @@ def train_vae(minutes: float, device: str) -> None:
 
     def progress(model: nn.Module, step: int) -> None:
         generator = Generator().manual_seed(1)
-        video = clips(32, generator)
+        video = clips(32, FRAMES, generator)
         decoded = model.decode(model.encode(video).latent_dist.mode()).sample.clamp(-1, 1)
         psnr = -10 * torch.log10(((decoded - video) / 2).square().mean((1, 2, 3, 4))).mean()
         print(f"vae step {step} PSNR {psnr:.2f} dB", flush=True)
