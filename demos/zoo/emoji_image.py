@@ -1,0 +1,185 @@
+"""Train `emoji-image`: a Flux pipeline with true CFG, 128×128 pixels, 256 image tokens.
+
+    python -m demos.zoo.images --minutes 8
+    python -m demos.zoo.emoji_image train --minutes 60
+    python -m demos.zoo.emoji_image export
+
+Most of the time goes into 64×64 pictures, a quarter of the tokens, whose positions are spread over
+the coordinates of the large ones; the rest into 128×128.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+from transformers import T5Config, T5EncoderModel
+
+from demos.zoo import images, text, train
+from demos.zoo.emoji_unet import clip_encoder, clip_table
+
+SIZE, TEXT_LENGTH, SHIFT = 128, 16, 2.0
+SMALL_SHARE = 0.65
+CALL = {
+    "height": SIZE,
+    "width": SIZE,
+    "num_inference_steps": 50,
+    "true_cfg_scale": 3.0,
+    "max_sequence_length": TEXT_LENGTH,
+}
+
+
+class Model(nn.Module):
+    """What is trained together: denoiser and both text encoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.transformer = FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=4 * images.LATENT,
+            num_layers=3,
+            num_single_layers=6,
+            attention_head_dim=32,
+            num_attention_heads=4,
+            joint_attention_dim=128,
+            pooled_projection_dim=128,
+            guidance_embeds=False,
+            axes_dims_rope=(8, 12, 12),
+        )
+        self.text_encoder = clip_encoder()
+        self.text_encoder_2 = T5EncoderModel(
+            T5Config(
+                vocab_size=text.VOCABULARY_SIZE,
+                d_model=128,
+                d_kv=32,
+                d_ff=256,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                relative_attention_num_buckets=16,
+                relative_attention_max_distance=32,
+            )
+        )
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(n, c, h, w) → (n, h/2·w/2, 4c) as FluxPipeline packs."""
+    count, channels, height, width = latents.shape
+    cells = latents.view(count, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(count, height * width // 4, 4 * channels)
+
+
+def positions(size: int) -> Tensor:
+    """Coordinates of the packed tokens of a picture of `size` pixels on the 128-pixel grid."""
+    side, step = size // 8, SIZE // size
+    line = torch.arange(side) * step + (step - 1) / 2
+    ids = torch.zeros(side, side, 3)
+    ids[..., 1], ids[..., 2] = line[:, None], line[None, :]
+    return ids.view(-1, 3)
+
+
+def training(minutes: float, device: str, batch_size: int) -> None:
+    """Flow matching on small pictures, then on large ones."""
+    small = minutes * SMALL_SHARE
+    stage(64, small, 1.5e-3, device, batch_size)
+    stage(SIZE, minutes - small, 1e-3, device, max(batch_size // 4, 1))
+
+
+def stage(size: int, minutes: float, lr: float, device: str, batch_size: int) -> None:
+    """Train at one picture size."""
+    model = Model().to(device)
+    known = images.latents(size, device, images.PICTURES if size < SIZE else images.PICTURES // 4)
+    reference = images.latents(64, device)
+    clean_all = known["latents"] * known["std"] + known["mean"]
+    clean_all = (clean_all - reference["mean"]) / reference["std"]
+    clip_ids, clip_empty = clip_table()
+    t5_ids, t5_empty = text.token_table(with_motion=False), text.empty(TEXT_LENGTH)
+    image_ids, text_ids = positions(size).to(device), torch.zeros(TEXT_LENGTH, 3, device=device)
+
+    def loss(generator: Generator) -> Tensor:
+        rows = torch.randint(len(clean_all), (batch_size,), generator=generator)
+        names, colours = known["labels"][rows].unbind(1)
+        dropped = (torch.rand(batch_size, generator=generator) < 0.1)[:, None]
+        clip = torch.where(dropped, clip_empty, clip_ids[names, colours]).to(device)
+        t5 = torch.where(dropped, t5_empty, t5_ids[names, colours]).to(device)
+        clean = pack(clean_all[rows]).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        u = torch.sigmoid(torch.randn(batch_size, generator=generator))
+        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None])
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            predicted = model.transformer(
+                hidden_states=noisy,
+                timestep=sigma,
+                encoder_hidden_states=model.text_encoder_2(t5).last_hidden_state,
+                pooled_projections=model.text_encoder(clip).pooler_output,
+                img_ids=image_ids,
+                txt_ids=text_ids,
+                return_dict=False,
+            )[0]
+        return functional.mse_loss(predicted.float(), noise - clean)
+
+    def progress(trained: nn.Module, step: int) -> None:
+        from demos.zoo.export import contact_sheet
+
+        file = train.CHECKPOINTS / f"emoji-image-{step:06d}.png"
+        sheet = text.sheet_prompts(False, 9)
+        contact_sheet(pipeline(trained.state_dict()), sheet, CALL | {"negative_prompt": ""}, file)
+
+    train.fit(
+        "emoji-image",
+        model,
+        loss,
+        minutes=minutes,
+        lr=lr,
+        muon=(
+            "transformer.transformer_blocks",
+            "transformer.single_transformer_blocks",
+            "text_encoder_2.encoder.block",
+        ),
+        ema=0.998,
+        progress=progress if size == SIZE else None,
+        progress_minutes=6,
+    )
+
+
+def pipeline(weights: dict[str, Tensor]) -> FluxPipeline:
+    """The plain diffusers pipeline around trained weights."""
+    model = Model()
+    model.load_state_dict(weights)
+    known = images.latents(64, "cpu")
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=images.load_vae(float(1 / known["std"]), float(known["mean"])),
+        text_encoder=model.text_encoder.eval(),
+        tokenizer=text.clip_tokenizer(TEXT_LENGTH),
+        text_encoder_2=model.text_encoder_2.eval(),
+        tokenizer_2=text.t5_tokenizer(TEXT_LENGTH),
+        transformer=model.transformer.eval(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["train", "export"])
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("zoo/emoji-image"))
+    options = parser.parse_args()
+    if options.part == "train":
+        training(options.minutes, options.device, options.batch_size)
+    else:
+        from demos.zoo.export import export
+
+        saved = torch.load(train.CHECKPOINTS / "emoji-image.pt", weights_only=True)["averaged"]
+        export("emoji-image", pipeline(saved), CALL, options.output, fps=None)
+
+
+if __name__ == "__main__":
+    main()
