@@ -1,0 +1,187 @@
+"""The command `accel`. Help loads no torch; stdout carries results, stderr everything else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from accel.method import AccelError
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, help="Faster diffusers pipelines.", rich_markup_mode=None
+)
+
+
+class Format(str, Enum):
+    """How results are printed."""
+
+    human = "human"
+    json = "json"
+
+
+Model = Annotated[str, typer.Option("-m", "--model", help="zoo:NAME, a folder or a repository")]
+Steps = Annotated[
+    Optional[int], typer.Option("--steps", "--num-inference-steps", min=1, help="sampling steps")
+]
+Output = Annotated[Format, typer.Option("--format", help="human or json")]
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("-p", "--prompt")],
+    negative_prompt: Annotated[Optional[str], typer.Option()] = None,
+    steps: Steps = None,
+    guidance_scale: Annotated[Optional[float], typer.Option()] = None,
+    height: Annotated[Optional[int], typer.Option(min=1)] = None,
+    width: Annotated[Optional[int], typer.Option(min=1)] = None,
+    num_frames: Annotated[Optional[int], typer.Option(min=1)] = None,
+    fps: Annotated[Optional[int], typer.Option(min=1)] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    device: Annotated[str, typer.Option()] = "auto",
+    pipeline_kwargs: Annotated[str, typer.Option(help="more arguments of the call, JSON")] = "{}",
+    method: Annotated[Optional[list[str]], typer.Option(help="a method by name, repeatable")] = None,
+    settings: Annotated[
+        Optional[list[str]], typer.Option("--set", help="key=value of the method")
+    ] = None,
+    recipe: Annotated[Optional[Path], typer.Option(help="a recipe file")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="also run untouched")] = False,
+    output: Annotated[Path, typer.Option("-o", "--output")] = Path("out"),
+    output_format: Output = Format.human,
+) -> None:
+    """Make one picture or video, faster."""
+    from accel import generate as maker
+
+    job = maker.Job(
+        model=model,
+        prompt=prompt,
+        seed=seed,
+        negative_prompt=negative_prompt,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        fps=fps,
+        dtype=dtype,
+        device=device,
+        extra=_object(pipeline_kwargs, "--pipeline-kwargs"),
+    )
+    chosen = maker.methods(method or [], _pairs(settings or []), recipe)
+    result = maker.generate(job, chosen, output, compare)
+    if result["hits"] == 0:
+        _say(f"cache hits 0 of {result['calls']}: nothing was saved with these settings")
+    _print(result, output_format)
+
+
+@app.command()
+def bench(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="JSON file")],
+    methods: Annotated[str, typer.Option(help="names with commas, or all")] = "all",
+    prompts: Annotated[Optional[Path], typer.Option(help="one prompt a line")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1)] = 32,
+    steps: Steps = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="timing pairs")] = 5,
+    peers: Annotated[bool, typer.Option("--peers", help="also diffusers' own caches")] = False,
+    output_format: Output = Format.human,
+) -> None:
+    """Measure speed-up and quality of methods against the untouched pipeline."""
+    from accel import bench as measuring
+
+    plan = measuring.Plan(
+        model=model,
+        methods=methods,
+        prompts=prompts,
+        num_prompts=num_prompts,
+        steps=steps or 50,
+        repeats=repeats,
+        peers=peers,
+    )
+    result = measuring.run(plan, output, command=" ".join(["accel", *sys.argv[1:]]), say=_say)
+    print(json.dumps(result) if output_format is Format.json else measuring.table(result))
+
+
+@app.command()
+def doctor(output_format: Output = Format.human) -> None:
+    """Examine this machine and the installed packages."""
+    from accel.doctor import examine
+
+    result = examine()
+    _print(result, output_format)
+    if result["problems"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def show(file: Path, output_format: Output = Format.human) -> None:
+    """Print the metadata of a picture or video that accel wrote."""
+    from accel.media import read_metadata
+
+    _print(read_metadata(file), output_format)
+
+
+def main() -> None:
+    """Entry point; errors become one line and an exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for name in ("httpx", "diffusers", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        app()
+    except AccelError as error:
+        _say(f"accel: {error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print(result: dict[str, Any], output_format: Format) -> None:
+    if output_format is Format.json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        print(f"{key:<18} {_readable(value)}")
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_readable(item) for item in value)
+    if isinstance(value, dict):
+        return "".join(f"\n  {key:<20} {_readable(item)}" for key, item in value.items())
+    return str(value)
+
+
+def _pairs(settings: list[str]) -> dict[str, Any]:
+    found = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise AccelError(f"--set {setting!r}: write key=value")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found
+
+
+def _object(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AccelError(f"{option}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise AccelError(f"{option}: must be a JSON object")
+    return value

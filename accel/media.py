@@ -1,0 +1,116 @@
+"""Pictures and videos on disk, with the metadata that makes them again.
+
+Files are written under a temporary name, flushed and renamed: a file is whole or not there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from accel.method import AccelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Frames = NDArray[np.uint8]
+
+logger = logging.getLogger(__name__)
+KEY = "accel"
+
+
+def save_image(path: Path, picture: Frames, metadata: dict[str, Any]) -> Path:
+    """PNG of a (height, width, 3) picture; metadata as JSON in `accel` and text in `parameters`."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
+    info.add_itxt("parameters", _parameters(metadata))
+    image = Image.fromarray(picture)
+    return _atomically(path, lambda part: image.save(part, format="PNG", pnginfo=info))
+
+
+def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> Path:
+    """MP4 of (frames, height, width, 3); an animated PNG under the same stem without PyAV."""
+    try:
+        import av  # noqa: F401
+    except ImportError:
+        logger.warning("PyAV is absent: writing an animated PNG (pip install 'diffusers-accel[video]')")
+        return _save_animation(path.with_suffix(".png"), frames, fps, metadata)
+    return _atomically(path, lambda part: _encode(part, frames, fps, metadata))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata that this package wrote into a PNG or MP4."""
+    if not path.is_file():
+        raise AccelError(f"{path}: no such file")
+    try:
+        if path.suffix == ".mp4":
+            import av
+
+            with av.open(str(path)) as container:
+                text = container.metadata.get(KEY)
+        else:
+            with Image.open(path) as image:
+                text = image.info.get(KEY)
+    except (OSError, ValueError, ImportError) as error:
+        raise AccelError(f"{path}: cannot be read ({error})") from error
+    if text is None:
+        raise AccelError(f"{path}: was not written by accel (no {KEY!r} metadata)")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def side_by_side(left: Frames, right: Frames, zoom: int = 1) -> Frames:
+    """Two pictures or videos beside each other, each pixel enlarged `zoom` times."""
+    joined = np.concatenate((left, right), axis=-2)
+    return joined.repeat(zoom, axis=-3).repeat(zoom, axis=-2)
+
+
+def _save_animation(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> Path:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    options = {"save_all": True, "append_images": rest, "duration": 1000 / fps, "loop": 0}
+    return _atomically(path, lambda part: first.save(part, format="PNG", pnginfo=info, **options))
+
+
+def _encode(part: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> None:
+    import av
+
+    options = {"movflags": "use_metadata_tags"}
+    with av.open(str(part), "w", format="mp4", options=options) as container:
+        container.metadata[KEY] = json.dumps(metadata, ensure_ascii=False)
+        container.metadata["comment"] = _parameters(metadata)
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12"})
+        height, width = frames.shape[1:3]
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+
+
+def _atomically(path: Path, write: Callable[[Path], None]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _parameters(metadata: dict[str, Any]) -> str:
+    """A line as common image viewers show it."""
+    rest = {key: metadata[key] for key in ("steps", "seed", "model", "methods") if key in metadata}
+    listed = ", ".join(f"{key}: {value}" for key, value in rest.items())
+    return f"{metadata.get('prompt', '')}\n{listed}"

@@ -1,0 +1,50 @@
+"""The small trained models that come with the package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import accel
+from accel.method import AccelError
+
+
+def folder() -> Path:
+    """Where the models lie: inside an installed package, beside it in a checkout."""
+    for place in accel.__path__:
+        if (Path(place) / "zoo").is_dir():
+            return Path(place) / "zoo"
+    raise AccelError("the model zoo is missing from this installation of accel")
+
+
+def names() -> list[str]:
+    """The models that are there."""
+    return sorted(file.parent.name for file in folder().glob("*/model_index.json"))
+
+
+def path(name: str) -> Path:
+    """The folder of one model, loadable by `DiffusionPipeline.from_pretrained`."""
+    if name not in names():
+        raise AccelError(f"unknown zoo model {name!r}; accepted: {', '.join(names()) or 'none'}")
+    return folder() / name
+
+
+def settings(name: str) -> dict[str, Any]:
+    """`call` (arguments the model was made for), `fps` and `negative_prompt`."""
+    found: dict[str, Any] = json.loads((path(name) / "call.json").read_text(encoding="utf-8"))
+    return found
+
+
+def load(name: str) -> tuple[Any, dict[str, Any], int | None]:
+    """The pipeline in fp32, the arguments of its call, and its frames per second (None: pictures)."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    known = settings(name)
+    pipe = DiffusionPipeline.from_pretrained(
+        path(name), torch_dtype=torch.float32, local_files_only=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    call = {"negative_prompt": known["negative_prompt"], **known["call"]}
+    return pipe, call, known["fps"]
