@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import accel
 from accel.method import AccelError
@@ -34,6 +34,12 @@ def settings(name: str) -> dict[str, Any]:
     """`call` (arguments the model was made for), `fps` and `negative_prompt`."""
     found: dict[str, Any] = json.loads((path(name) / "call.json").read_text(encoding="utf-8"))
     return found
+
+
+def prompts(name: str, part: Literal["train", "heldout", "final"]) -> Path:
+    """A prompt file: for tuning (train, heldout) or for final figures only (final)."""
+    kind = "" if settings(name)["fps"] else "_image"
+    return folder() / f"prompts_{part}{kind}.txt"
 
 
 def load(name: str) -> tuple[Any, dict[str, Any], int | None]:

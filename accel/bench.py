@@ -1,0 +1,349 @@
+"""Speed-up and quality of methods against the untouched pipeline, in one process.
+
+Quality: every prompt once, seed = its line number, compared with the untouched result of the same
+seed. Speed: on the first `repeats` prompts an untouched and a patched run follow each other, and
+their ratio is taken pair by pair. Tables that a method needs are measured on a training prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import accel
+from accel import generate, metrics, model_zoo, registry
+from accel.method import AccelError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FRAME_STRIDE = 4
+"""Feature distances of videos look at every fourth frame."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure; `methods` is "all" or names with commas."""
+
+    model: str
+    methods: str = "all"
+    prompts: Path | None = None
+    num_prompts: int = 32
+    steps: int = 50
+    repeats: int = 5
+    peers: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row: a label, a way to switch it on, and a way to tell the share it computed."""
+
+    label: str
+    kind: str
+    switch: Callable[[], AbstractContextManager[Any]]
+    share: Callable[[], float]
+
+
+def settings_of(name: str) -> list[Any]:
+    """The settings of a method that the benchmark tries, mild to strong."""
+    make = registry.method(name)
+    newton, taylor = accel.Newton(1), accel.Taylor(1)
+    grid: dict[str, list[dict[str, Any]]] = {
+        "magcache": [
+            {"threshold": 0.06, "max_skips": 2},
+            {"threshold": 0.12},
+            {"threshold": 0.12, "reuse": newton},
+            {"threshold": 0.24, "max_skips": 6},
+            {"threshold": 0.24, "max_skips": 6, "reuse": newton},
+        ],
+        "firstblockcache": [
+            {"threshold": 0.05},
+            {"threshold": 0.1},
+            {"threshold": 0.2},
+            {"threshold": 0.2, "reuse": newton},
+            {"threshold": 0.2, "probe_blocks": 3},
+        ],
+        "easycache": [
+            {"threshold": 0.02},
+            {"threshold": 0.05},
+            {"threshold": 0.1},
+            {"threshold": 0.1, "reuse": newton},
+        ],
+        "teacache": [
+            {"threshold": 0.1},
+            {"threshold": 0.2},
+            {"threshold": 0.3},
+            {"threshold": 0.3, "reuse": newton},
+        ],
+        "plaincycle": [
+            {"interval": 2},
+            {"interval": 2, "reuse": newton},
+            {"interval": 3, "reuse": newton},
+            {"interval": 3, "reuse": taylor, "warmup": 3},
+            {"interval": 4, "reuse": newton},
+        ],
+    }
+    return [make(**settings) for settings in grid[name]]
+
+
+class Bench:
+    """A loaded model, its prompts and the untouched results."""
+
+    def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
+        self.plan, self.say = plan, say
+        self.prompts = _prompts(plan)
+        job = generate.Job(model=plan.model, prompt=self.prompts[0], steps=plan.steps)
+        self.pipe, self.call, _ = generate.load(job)
+        self.measuring_prompt = _measuring_prompt(plan, self.prompts)
+        generate.make(self.pipe, self.call, 0)
+        say(f"untouched: {len(self.prompts)} prompts")
+        self.untouched = [self.make(index)[0] for index in range(len(self.prompts))]
+
+    def make(self, index: int) -> tuple[NDArray[np.uint8], float]:
+        """Run prompt number `index` as the pipeline is now."""
+        return generate.make(self.pipe, self.call | {"prompt": self.prompts[index]}, index)
+
+    def measure(self, candidate: Candidate) -> dict[str, Any]:
+        """One row of the table; a candidate that raises or skips nothing is reported as failing."""
+        row: dict[str, Any] = {"name": candidate.label, "kind": candidate.kind}
+        try:
+            with candidate.switch():
+                made = [self.make(index)[0] for index in range(len(self.prompts))]
+                share = candidate.share()
+        except Exception as error:  # a peer may fail in any way, and the table must say so
+            if candidate.kind != "peer":
+                raise
+            return row | {"failed": f"{type(error).__name__}: {error}"}
+        row |= {"share_computed": share, **self._quality(made)}
+        if share > 0.999:
+            return row | {"failed": "nothing was skipped"}
+        return row | self._timing(candidate)
+
+    def _quality(self, made: list[NDArray[np.uint8]]) -> dict[str, Any]:
+        values: dict[str, list[float]] = {"psnr": [], "ssim_gaussian11": [], "feature_distance": []}
+        for fast, slow in zip(made, self.untouched, strict=True):
+            a, b = _pictures(fast), _pictures(slow)
+            values["psnr"].append(min(metrics.psnr(a, b), 100.0))
+            values["ssim_gaussian11"].append(metrics.ssim(a, b))
+            stride = FRAME_STRIDE if len(a) > 1 else 1
+            values["feature_distance"].append(metrics.feature_distance(a[::stride], b[::stride]))
+        worse = {"psnr": 10, "ssim_gaussian11": 10, "feature_distance": 90}
+        return {
+            name: {
+                "median": float(np.median(numbers)),
+                "worst_decile": float(np.percentile(numbers, worse[name])),
+            }
+            for name, numbers in values.items()
+        }
+
+    def _timing(self, candidate: Candidate) -> dict[str, Any]:
+        ratios, seconds = [], []
+        with candidate.switch():
+            self.make(0)
+        for repeat in range(self.plan.repeats):
+            index = repeat % len(self.prompts)
+            slow = self.make(index)[1]
+            with candidate.switch():
+                fast = self.make(index)[1]
+            ratios.append(slow / fast)
+            seconds.append(fast)
+        return {
+            "speedup": statistics.median(ratios),
+            "speedup_spread": [min(ratios), max(ratios)],
+            "seconds": statistics.median(seconds),
+        }
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Our methods at all their settings."""
+        names = list(registry.METHODS) if self.plan.methods == "all" else self.plan.methods.split(",")
+        for name in names:
+            key = registry.method(name).__name__.lower()
+            for settings in settings_of(key):
+                try:
+                    yield self._ours(settings)
+                except AccelError as error:
+                    self.say(f"{settings}: {error}")
+
+    def _ours(self, settings: Any) -> Candidate:
+        call = self.call | {"prompt": self.measuring_prompt}
+        settled, _ = generate.settle(
+            self.pipe, (settings,), lambda: generate.make(self.pipe, call, 0)
+        )
+        return Candidate(
+            _label(settings),
+            "accel",
+            switch=lambda: accel.patched(self.pipe, *settled),
+            share=lambda: accel.stats(self.pipe).share_computed,
+        )
+
+    def overhead(self) -> dict[str, float]:
+        """Cost of the hooks when nothing is reused: share of a run, and µs for a hooked block."""
+        every = accel.PlainCycle(interval=1)
+        ratios = []
+        for repeat in range(max(self.plan.repeats, 5)):
+            index = repeat % len(self.prompts)
+            slow = self.make(index)[1]
+            with accel.patched(self.pipe, every):
+                ratios.append(self.make(index)[1] / slow)
+        return {"run": statistics.median(ratios) - 1, "microseconds_per_block": block_cost()}
+
+
+def block_cost(blocks: int = 40, rounds: int = 300) -> float:
+    """Host µs that hooking adds to one block's call, on a stack of blocks that do nothing."""
+    from accel.clock import StepClock
+    from accel.denoiser import Denoiser
+    from accel.family import Family, Stack
+
+    class Block(torch.nn.Module):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    class Stub(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Block() for _ in range(blocks))
+
+        def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+            for block in self.blocks:
+                hidden_states = block(hidden_states)
+            return (hidden_states,)
+
+    stub, clock, x = Stub(), StepClock(), torch.zeros(1, 2, 3)
+    denoiser = Denoiser("stub", stub, Family("stub", (Stack("blocks"),)), clock)
+
+    def seconds() -> float:
+        clock.begin(rounds)
+        began = time.perf_counter()
+        for _ in range(rounds):
+            stub(x)
+            clock.advance()
+        return (time.perf_counter() - began) / rounds / blocks
+
+    differences = []
+    for _ in range(7):
+        plain = seconds()
+        handle = accel.PlainCycle(interval=1).attach(denoiser)
+        differences.append(seconds() - plain)
+        handle.remove()
+    return statistics.median(differences) * 1e6
+
+
+def run(
+    plan: Plan, output: Path, command: str, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Measure everything in the plan and write the JSON; rows are written as they come."""
+    bench = Bench(plan, say)
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "command": command,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "plan": {**dataclasses.asdict(plan), "prompts": str(plan.prompts) if plan.prompts else None},
+        "prompts": len(bench.prompts),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": str(bench.pipe.device),
+        },
+        "versions": {
+            "accel": accel.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
+        },
+        "overhead": bench.overhead(),
+        "rows": [],
+    }
+    for candidate in bench.candidates():
+        _measure_into(bench, candidate, result, output, say)
+    if plan.peers:
+        from accel.peers import candidates as peers
+
+        for candidate in peers(bench):
+            _measure_into(bench, candidate, result, output, say)
+    return result
+
+
+def _measure_into(
+    bench: Bench,
+    candidate: Candidate,
+    result: dict[str, Any],
+    output: Path,
+    say: Callable[[str], None],
+) -> None:
+    row = bench.measure(candidate)
+    say(_line(row))
+    result["rows"].append(row)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(output.name + ".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    part.replace(output)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text, one line a row."""
+    head = (
+        f"{'':<58}{'speed-up':>9}{'1/share':>9}{'share':>8}{'PSNR':>8}{'p10':>7}{'SSIM':>8}{'feat':>8}"
+    )
+    return "\n".join([head, *(_line(row) for row in result["rows"])])
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['kind']}: {row['name']}"
+    if "failed" in row:
+        return f"{name:<58} failed: {row['failed']}"
+    return (
+        f"{name:<58}{row['speedup']:>8.2f}x{1 / max(row['share_computed'], 1e-9):>8.2f}x"
+        f"{row['share_computed']:>8.1%}{row['psnr']['median']:>8.2f}{row['psnr']['worst_decile']:>7.1f}"
+        f"{row['ssim_gaussian11']['median']:>8.4f}{row['feature_distance']['median']:>8.4f}"
+    )
+
+
+def _label(settings: Any) -> str:
+    """The settings that differ from the defaults, without measured tables."""
+    shown = [
+        f"{item.name}={getattr(settings, item.name)}"
+        for item in dataclasses.fields(settings)
+        if getattr(settings, item.name) != item.default
+        and item.name not in ("ratios", "polynomial", "domain")
+    ]
+    return f"{type(settings).__name__}({', '.join(shown)})"
+
+
+def _pictures(array: NDArray[np.uint8]) -> torch.Tensor:
+    flat = torch.from_numpy(array).reshape(-1, *array.shape[-3:])
+    return flat.permute(0, 3, 1, 2).float() / 255
+
+
+def _prompts(plan: Plan) -> list[str]:
+    if plan.prompts is None and not plan.model.startswith("zoo:"):
+        raise AccelError("bench: --prompts FILE is needed for models outside the zoo")
+    file = plan.prompts or model_zoo.prompts(plan.model.removeprefix("zoo:"), "final")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise AccelError(f"prompts {file}: cannot be read ({error.strerror})") from error
+    found = [line.strip() for line in lines if line.strip()][: plan.num_prompts]
+    if not found:
+        raise AccelError(f"prompts {file}: no prompt in it")
+    return found
+
+
+def _measuring_prompt(plan: Plan, prompts: list[str]) -> str:
+    if not plan.model.startswith("zoo:"):
+        return prompts[0]
+    file = model_zoo.prompts(plan.model.removeprefix("zoo:"), "train")
+    return file.read_text(encoding="utf-8").splitlines()[0]

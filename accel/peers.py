@@ -1,0 +1,131 @@
+"""diffusers' own caches as rows of the benchmark, on the same prompts in the same process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from accel import generate
+from accel.bench import Candidate
+
+if TYPE_CHECKING:
+    from accel.bench import Bench
+
+
+def candidates(bench: Bench) -> Iterator[Candidate]:
+    """Every built-in cache at several settings."""
+    linear_work = _linear_work(bench, contextlib.nullcontext())
+    for label, make in _configs(bench):
+        yield _candidate(bench, label, make, linear_work)
+
+
+def _candidate(
+    bench: Bench, label: str, make: Callable[[], Any], untouched_work: int
+) -> Candidate:
+    denoiser = bench.pipe.transformer if hasattr(bench.pipe, "transformer") else bench.pipe.unet
+
+    @contextlib.contextmanager
+    def switch() -> Iterator[None]:
+        denoiser.enable_cache(make())
+        try:
+            yield
+        finally:
+            denoiser.disable_cache()
+
+    def share() -> float:
+        denoiser.disable_cache()
+        try:
+            return _linear_work(bench, switch()) / untouched_work
+        finally:
+            denoiser.enable_cache(make())
+
+    return Candidate(label, "peer", switch, share)
+
+
+def _linear_work(bench: Bench, switched: contextlib.AbstractContextManager[None]) -> int:
+    """Multiplications in the denoiser's linear layers during one run: what a peer computes."""
+    denoiser = bench.pipe.transformer if hasattr(bench.pipe, "transformer") else bench.pipe.unet
+    work = 0
+
+    def count(module: torch.nn.Linear, _: Any, output: torch.Tensor) -> None:
+        nonlocal work
+        work += output.numel() * module.in_features
+
+    layers = [layer for layer in denoiser.modules() if isinstance(layer, torch.nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        with switched:
+            bench.make(0)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return work
+
+
+def _configs(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
+    from diffusers import (
+        FasterCacheConfig,
+        FirstBlockCacheConfig,
+        MagCacheConfig,
+        PyramidAttentionBroadcastConfig,
+        TaylorSeerCacheConfig,
+    )
+
+    pipe, steps = bench.pipe, bench.plan.steps
+    for threshold in (0.05, 0.1, 0.2):
+        yield (
+            f"FirstBlockCache(threshold={threshold})",
+            lambda t=threshold: FirstBlockCacheConfig(threshold=t),  # type: ignore[misc]
+        )
+    ratios = _measured_ratios(bench)
+    for threshold, skips in ((0.06, 3), (0.12, 4), (0.24, 6)):
+        yield (
+            f"MagCache(threshold={threshold}, max_skip_steps={skips}), measured ratios",
+            lambda t=threshold, k=skips: MagCacheConfig(  # type: ignore[misc]
+                threshold=t, max_skip_steps=k, num_inference_steps=steps, mag_ratios=ratios
+            ),
+        )
+    for interval in (2, 3, 5):
+        for lite in (False, True):
+            yield (
+                f"TaylorSeer(interval={interval}{', lite' if lite else ''})",
+                lambda i=interval, use=lite: TaylorSeerCacheConfig(  # type: ignore[misc]
+                    cache_interval=i,
+                    taylor_factors_dtype=torch.float32,
+                    use_lite_mode=use,
+                ),
+            )
+    timestep = {"current_timestep_callback": lambda: pipe.current_timestep}
+    for skip in (2, 3):
+        yield (
+            f"PyramidAttentionBroadcast(spatial={skip}, cross=5)",
+            lambda s=skip: PyramidAttentionBroadcastConfig(  # type: ignore[misc]
+                spatial_attention_block_skip_range=s, cross_attention_block_skip_range=5, **timestep
+            ),
+        )
+    yield (
+        "FasterCache(spatial=2)",
+        lambda: FasterCacheConfig(spatial_attention_block_skip_range=2, **timestep),
+    )
+    try:
+        from diffusers import SeaCacheConfig
+    except ImportError:
+        return
+    for threshold in (0.1, 0.25, 0.5):
+        yield f"SeaCache(threshold={threshold})", lambda t=threshold: SeaCacheConfig(threshold=t)  # type: ignore[misc]
+
+
+def _measured_ratios(bench: Bench) -> list[float]:
+    """Ratios from our own measuring run: diffusers would print them for copying by hand."""
+    import accel
+
+    settled, _ = generate.settle(
+        bench.pipe,
+        (accel.MagCache(),),
+        lambda: generate.make(bench.pipe, bench.call | {"prompt": bench.measuring_prompt}, 0),
+    )
+    tables = settled[0].ratios
+    return list(next(iter(tables.values())))
