@@ -223,15 +223,13 @@ class Denoiser:
         if forward.decide(index, signals):
             (value,) = state.history.predict(forward.step)
             assert value is not None  # only non-None predictions are remembered
-            return _with_prediction(
-                state.outputs_like, value + _latent_like(latent, value.shape).to(value.dtype)
-            )
+            return state.dress(value + _latent_like(latent, value.shape).to(value.dtype))
         output = self._run(forward, run)
         prediction = output[0]
         base = _latent_like(latent, prediction.shape)
         computed = Computed((base,), (prediction,), (prediction - base,))
         forward.remember(index, signals, computed)
-        state.outputs_like = _with_prediction(output, None)
+        state.dress = _wrapper(output)
         return output
 
     def _run(self, forward: Forward, run: Callable[[], Any]) -> Any:
@@ -430,8 +428,10 @@ def _latent_like(latent: Any, shape: Any) -> Any:
     return result
 
 
-def _with_prediction(output: Any, prediction: Any) -> Any:
-    """`output` (a tuple or a diffusers output) with its first entry replaced."""
+def _wrapper(output: Any) -> Callable[[Any], Any]:
+    """How to dress a prediction as `output` is: a tuple or a diffusers output object."""
     if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    return type(output)(**{next(iter(output.keys())): prediction})
+        rest = output[1:]
+        return lambda prediction: (prediction, *rest)
+    kind, field = type(output), next(iter(output.keys()))
+    return lambda prediction: kind(**{field: prediction})

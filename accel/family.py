@@ -38,7 +38,7 @@ Observer = Callable[[Any, Arguments], Any]
 
 def modulated_input(block: Any, arguments: Arguments) -> Any:
     """Block 0's normalised input after the timestep modulation, (batch, tokens, channels)."""
-    return block.norm1(arguments.get(HIDDEN), arguments.get("temb"))[0]
+    return block.norm1(arguments.get(HIDDEN), emb=arguments.get("temb"))[0]
 
 
 def time_embedding(name: str = "temb") -> Observer:

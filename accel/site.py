@@ -147,7 +147,8 @@ class SiteState:
     history: History
     skipped: int = 0
     inputs: Streams = ()
-    outputs_like: Any = None
+    dress: Callable[[Any], Any] = lambda prediction: prediction
+    """Gives a whole denoiser's prediction the form that the denoiser returns."""
 
 
 @dataclass
