@@ -118,7 +118,7 @@ class Bench:
         return generate.make(self.pipe, self.call | {"prompt": self.prompts[index]}, index)
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
-        """One row of the table; a candidate that raises or skips nothing is reported as failing."""
+        """One row of the table; a peer that raises, or skips nothing, is reported as failing."""
         row: dict[str, Any] = {"name": candidate.label, "kind": candidate.kind}
         try:
             with candidate.switch():
@@ -169,7 +169,9 @@ class Bench:
 
     def candidates(self) -> Iterator[Candidate]:
         """Our methods at all their settings."""
-        names = list(registry.METHODS) if self.plan.methods == "all" else self.plan.methods.split(",")
+        names = (
+            list(registry.METHODS) if self.plan.methods == "all" else self.plan.methods.split(",")
+        )
         for name in names:
             key = registry.method(name).__name__.lower()
             for settings in settings_of(key):
@@ -251,7 +253,10 @@ def run(
         "schema_version": 1,
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "plan": {**dataclasses.asdict(plan), "prompts": str(plan.prompts) if plan.prompts else None},
+        "plan": {
+            **dataclasses.asdict(plan),
+            "prompts": str(plan.prompts) if plan.prompts else None,
+        },
         "prompts": len(bench.prompts),
         "machine": {
             "processor": platform.machine(),
@@ -295,9 +300,8 @@ def _measure_into(
 
 def table(result: dict[str, Any]) -> str:
     """The result as text, one line a row."""
-    head = (
-        f"{'':<58}{'speed-up':>9}{'1/share':>9}{'share':>8}{'PSNR':>8}{'p10':>7}{'SSIM':>8}{'feat':>8}"
-    )
+    columns = {"speed-up": 9, "1/share": 9, "share": 8, "PSNR": 8, "p10": 7, "SSIM": 8, "feat": 8}
+    head = " " * 58 + "".join(f"{name:>{width}}" for name, width in columns.items())
     return "\n".join([head, *(_line(row) for row in result["rows"])])
 
 

@@ -7,14 +7,17 @@ import logging
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
 from accel.method import AccelError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Faster diffusers pipelines.", rich_markup_mode=None
+    add_completion=False,
+    no_args_is_help=True,
+    help="Faster diffusers pipelines.",
+    rich_markup_mode=None,
 )
 
 
@@ -27,7 +30,7 @@ class Format(str, Enum):
 
 Model = Annotated[str, typer.Option("-m", "--model", help="zoo:NAME, a folder or a repository")]
 Steps = Annotated[
-    Optional[int], typer.Option("--steps", "--num-inference-steps", min=1, help="sampling steps")
+    int | None, typer.Option("--steps", "--num-inference-steps", min=1, help="sampling steps")
 ]
 Output = Annotated[Format, typer.Option("--format", help="human or json")]
 
@@ -36,22 +39,22 @@ Output = Annotated[Format, typer.Option("--format", help="human or json")]
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("-p", "--prompt")],
-    negative_prompt: Annotated[Optional[str], typer.Option()] = None,
+    negative_prompt: Annotated[str | None, typer.Option()] = None,
     steps: Steps = None,
-    guidance_scale: Annotated[Optional[float], typer.Option()] = None,
-    height: Annotated[Optional[int], typer.Option(min=1)] = None,
-    width: Annotated[Optional[int], typer.Option(min=1)] = None,
-    num_frames: Annotated[Optional[int], typer.Option(min=1)] = None,
-    fps: Annotated[Optional[int], typer.Option(min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option()] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1)] = None,
+    fps: Annotated[int | None, typer.Option(min=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     device: Annotated[str, typer.Option()] = "auto",
     pipeline_kwargs: Annotated[str, typer.Option(help="more arguments of the call, JSON")] = "{}",
-    method: Annotated[Optional[list[str]], typer.Option(help="a method by name, repeatable")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="a method by name, repeatable")] = None,
     settings: Annotated[
-        Optional[list[str]], typer.Option("--set", help="key=value of the method")
+        list[str] | None, typer.Option("--set", help="key=value of the method")
     ] = None,
-    recipe: Annotated[Optional[Path], typer.Option(help="a recipe file")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a recipe file")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="also run untouched")] = False,
     output: Annotated[Path, typer.Option("-o", "--output")] = Path("out"),
     output_format: Output = Format.human,
@@ -86,7 +89,7 @@ def bench(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON file")],
     methods: Annotated[str, typer.Option(help="names with commas, or all")] = "all",
-    prompts: Annotated[Optional[Path], typer.Option(help="one prompt a line")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="one prompt a line")] = None,
     num_prompts: Annotated[int, typer.Option(min=1)] = 32,
     steps: Steps = 50,
     repeats: Annotated[int, typer.Option(min=1, help="timing pairs")] = 5,

@@ -1,4 +1,4 @@
-"""A pipeline's denoiser seen through its family: where a run stands, and which spans are skipped."""
+"""A pipeline's denoiser seen through its family, and the spans of it that a run skips."""
 
 from __future__ import annotations
 
@@ -34,10 +34,20 @@ from accel.site import (
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER_METHODS = (
-    "load_lora_adapter unload_lora set_adapters set_adapter add_adapter delete_adapters "
-    "enable_adapters disable_adapters enable_lora disable_lora fuse_lora unfuse_lora"
-).split()
+_ADAPTER_METHODS = [
+    "load_lora_adapter",
+    "unload_lora",
+    "set_adapters",
+    "set_adapter",
+    "add_adapter",
+    "delete_adapters",
+    "enable_adapters",
+    "disable_adapters",
+    "enable_lora",
+    "disable_lora",
+    "fuse_lora",
+    "unfuse_lora",
+]
 
 
 class Denoiser:
@@ -180,11 +190,7 @@ class Denoiser:
         condition = arguments.get(ENCODER)
         key = (branch.name, branch.ordinal)
         state = self._branches.get(key)
-        if (
-            state is None
-            or state.signature != signature
-            or not _same(state.condition, condition)
-        ):
+        if state is None or state.signature != signature or not _same(state.condition, condition):
             sites = [SiteState(site.policy(branch), site.reuse.start()) for site in self._sites]
             state = self._branches[key] = BranchState(branch, signature, condition, sites)
         state.condition = condition
@@ -193,14 +199,14 @@ class Denoiser:
     # --- a denoiser call -----------------------------------------------------------------------
 
     def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.clock.step is None:
+        clock, step = self.clock, self.clock.step
+        if step is None:
             return original(*args, **kwargs)
-        if self.clock.step == 0:
+        if step == 0:
             self.first_call()
         arguments = Arguments(self._names, args, kwargs)
-        clock = self.clock
-        place = clock.step + clock.schedule - clock.total
-        forward = Forward(self._state(arguments), clock.step, clock.total, place, clock.schedule)
+        place = step + clock.schedule - clock.total
+        forward = Forward(self._state(arguments), step, clock.total, place, clock.schedule)
         self._forward = forward
         began = time.perf_counter()
         try:

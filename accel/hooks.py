@@ -73,7 +73,8 @@ def _reduce_as(base: type) -> Callable[[Any, Any], Any]:
     """Reduce to the original class without our state, for `copy` and `pickle`."""
 
     def reduce(self: Any, protocol: Any) -> Any:
-        constructor, arguments, *rest = base.__reduce_ex__(self, protocol)
+        reduced: Any = super(type(self), self).__reduce_ex__(protocol)
+        constructor, arguments, *rest = reduced
         arguments = tuple(base if item is type(self) else item for item in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {key: value for key, value in rest[0].items() if key != _STATE}

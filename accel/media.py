@@ -40,7 +40,9 @@ def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -
     try:
         import av  # noqa: F401
     except ImportError:
-        logger.warning("PyAV is absent: writing an animated PNG (pip install 'diffusers-accel[video]')")
+        logger.warning(
+            "PyAV is absent: writing an animated PNG (pip install 'diffusers-accel[video]')"
+        )
         return _save_animation(path.with_suffix(".png"), frames, fps, metadata)
     return _atomically(path, lambda part: _encode(part, frames, fps, metadata))
 

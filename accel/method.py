@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class AccelError(ValueError):
-    """A wrong argument, model, file or recipe; the message names what was wrong and what is accepted."""
+    """A wrong argument, model, file or recipe; names what was wrong and what is accepted."""
 
 
 class Handle:

@@ -135,7 +135,8 @@ def _ssim(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     def blur(x: Tensor) -> Tensor:
         flat = x.reshape(-1, 1, *x.shape[-2:])
-        return functional.conv2d(functional.conv2d(flat, rows), columns).unflatten(0, x.shape[:2])
+        blurred = functional.conv2d(functional.conv2d(flat, rows), columns)
+        return blurred.reshape(*x.shape[:2], *blurred.shape[-2:])
 
     mean_a, mean_b = blur(a), blur(b)
     variance_a = blur(a * a) - mean_a**2

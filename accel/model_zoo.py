@@ -43,7 +43,7 @@ def prompts(name: str, part: Literal["train", "heldout", "final"]) -> Path:
 
 
 def load(name: str) -> tuple[Any, dict[str, Any], int | None]:
-    """The pipeline in fp32, the arguments of its call, and its frames per second (None: pictures)."""
+    """The pipeline in fp32, the arguments of its call, and its frames a second (or None)."""
     import torch
     from diffusers import DiffusionPipeline
 

@@ -136,7 +136,9 @@ class Patch:
         return result
 
 
-def patch(pipe: Any, *methods: Method, recipe: Recipe | dict[str, Any] | str | Path | None = None) -> Patch:
+def patch(
+    pipe: Any, *methods: Method, recipe: Recipe | dict[str, Any] | str | Path | None = None
+) -> Patch:
     """Make `pipe` faster until `unpatch(pipe)`.
 
     `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict or a
@@ -188,7 +190,9 @@ def stats(pipe: Any) -> Report:
     return existing.report()  # type: ignore[no-any-return]
 
 
-def _from_recipe(pipe: Any, recipe: Recipe | dict[str, Any] | str | Path | None) -> tuple[Method, ...]:
+def _from_recipe(
+    pipe: Any, recipe: Recipe | dict[str, Any] | str | Path | None
+) -> tuple[Method, ...]:
     if recipe is None:
         found = beside(pipe)
         if found is None:

@@ -22,9 +22,7 @@ def candidates(bench: Bench) -> Iterator[Candidate]:
         yield _candidate(bench, label, make, linear_work)
 
 
-def _candidate(
-    bench: Bench, label: str, make: Callable[[], Any], untouched_work: int
-) -> Candidate:
+def _candidate(bench: Bench, label: str, make: Callable[[], Any], untouched_work: int) -> Candidate:
     denoiser = bench.pipe.transformer if hasattr(bench.pipe, "transformer") else bench.pipe.unet
 
     @contextlib.contextmanager

@@ -74,7 +74,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"methods         {', '.join(self.methods)}",
-            f"share computed  {self.share_computed:.1%} of the blocks (hit rate {self.hit_rate:.1%})",
+            f"share computed  {self.share_computed:.1%} of the blocks",
             f"denoiser time   {self.seconds:.3f} s in {len(self.rows)} calls",
             f"memory held     {self.memory_bytes / 2**20:.2f} MiB",
         ]

@@ -13,7 +13,6 @@ from tiny_pipelines import MATRIX, TINY, built
 import accel
 
 
-
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -33,8 +33,9 @@ cactus 1f335  sunflower 1f33b  rose 1f339  mushroom 1f344  star 2b50  moon 1f314
 snowman 2603-fe0f  umbrella 2602-fe0f  key 1f511  bell 1f514  gift 1f381  balloon 1f388
 guitar 1f3b8  soccer 26bd  basketball 1f3c0  crown 1f451  heart 2764-fe0f  bomb 1f4a3
 camera 1f4f7  fire 1f525  ghost 1f47b  alien 1f47d
-""".split()
-CODEPOINTS: dict[str, str] = dict(zip(_EMOJI[::2], _EMOJI[1::2], strict=True))
+"""
+_PAIRS = _EMOJI.split()
+CODEPOINTS: dict[str, str] = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
 NAMES: list[str] = list(CODEPOINTS)
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -119,9 +120,9 @@ def _place(pictures: Tensor, grounds: Tensor, pose: Tensor, size: int) -> Tensor
     """
     x, y, scale, angle = pose.unbind(1)
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-    theta = torch.stack(
-        (cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y), dim=1
-    ).view(-1, 2, 3)
+    theta = torch.stack((cos, sin, -(cos * x + sin * y), -sin, cos, sin * x - cos * y), dim=1).view(
+        -1, 2, 3
+    )
     fine = 2 * size
     grid = functional.affine_grid(theta, [len(pictures), 4, fine, fine], align_corners=False)
     drawn = functional.grid_sample(pictures, grid, align_corners=False, padding_mode="zeros")

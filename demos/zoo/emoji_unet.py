@@ -1,8 +1,8 @@
 """Train `emoji-unet`: a Stable Diffusion pipeline of 64×64 pixels, 16×16 latents.
 
-    python -m demos.zoo.images --minutes 8
-    python -m demos.zoo.emoji_unet train --minutes 30
-    python -m demos.zoo.emoji_unet export
+python -m demos.zoo.images --minutes 8
+python -m demos.zoo.emoji_unet train --minutes 30
+python -m demos.zoo.emoji_unet export
 """
 
 from __future__ import annotations

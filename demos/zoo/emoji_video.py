@@ -1,8 +1,8 @@
 """Train `emoji-video`: a Wan text-to-video pipeline of 32×32 pixels and 9 frames.
 
-    python -m demos.zoo.emoji_video vae --minutes 10
-    python -m demos.zoo.emoji_video denoiser --minutes 70
-    python -m demos.zoo.emoji_video export
+python -m demos.zoo.emoji_video vae --minutes 10
+python -m demos.zoo.emoji_video denoiser --minutes 70
+python -m demos.zoo.emoji_video export
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def train_vae(minutes: float, device: str) -> None:
         loss,
         minutes=minutes,
         lr=2e-3,
-        ema=0.995,
+        muon=("encoder.", "decoder."),
+        ema=0.99,
         progress=progress,
         progress_minutes=2,
     )

@@ -20,7 +20,9 @@ def export(
     """fp16 safetensors by `save_pretrained`, `call.json`, the loss curve and a contact sheet."""
     from demos.zoo import text
 
-    contact_sheet(pipe, text.sheet_prompts(video=fps is not None), call, output / "contact_sheet.png")
+    contact_sheet(
+        pipe, text.sheet_prompts(video=fps is not None), call, output / "contact_sheet.png"
+    )
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.half()
@@ -53,5 +55,3 @@ def contact_sheet(
         rows = [np.concatenate(rows[i : i + side], axis=1) for i in range(0, side * side, side)]
     sheet = Image.fromarray((np.concatenate(rows) * 255).round().clip(0, 255).astype(np.uint8))
     sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST).save(file)
-
-

@@ -1,6 +1,6 @@
 """What the two image models share: their autoencoder and a fixed set of encoded pictures.
 
-    python -m demos.zoo.images --minutes 8
+python -m demos.zoo.images --minutes 8
 """
 
 from __future__ import annotations

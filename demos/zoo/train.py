@@ -23,7 +23,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose matrix update is made orthogonal (Jordan et al. 2024), in fp32.
 
     torch's own Muon iterates in bfloat16, which is hundreds of times slower on CPUs without it.
-    Matrices of one shape are iterated together. `lr` is in AdamW's scale.
+    Matrices of one shape are iterated together; convolution kernels count as matrices
+    (output channels × everything else). `lr` is in AdamW's scale.
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01) -> None:
@@ -44,11 +45,11 @@ class Muon(torch.optim.Optimizer):
                     mean = state.setdefault("mean", torch.zeros_like(parameter))
                     mean.lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(mean, group["momentum"]))
-                directions = orthogonal(torch.stack(updates))
-                scale = 0.2 * math.sqrt(max(shape))
+                directions = orthogonal(torch.stack(updates).flatten(2))
+                scale = 0.2 * math.sqrt(max(directions.shape[1:]))
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.sub_(direction, alpha=group["lr"] * scale)
+                    parameter.sub_(direction.view(shape), alpha=group["lr"] * scale)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -65,12 +66,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def optimizers(model: nn.Module, lr: float, muon: Iterable[str]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices under the named submodules, AdamW for everything else."""
+    """Muon for matrices and kernels under the named submodules, AdamW for everything else."""
     prefixes = tuple(muon)
     matrices, rest = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            chosen = parameter.dim() == 2 and name.startswith(prefixes) and bool(prefixes)
+            matrix = parameter.dim() >= 2 and parameter[0].numel() > 1
+            chosen = matrix and bool(prefixes) and name.startswith(prefixes)
             (matrices if chosen else rest).append(parameter)
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -78,7 +80,7 @@ def optimizers(model: nn.Module, lr: float, muon: Iterable[str]) -> list[torch.o
     return [*found, Muon(matrices, lr)] if matrices else found
 
 
-def fit(
+def fit(  # noqa: C901 (one loop, read from top to bottom)
     name: str,
     model: nn.Module,
     loss: Callable[[Generator], Tensor],
@@ -139,7 +141,12 @@ def fit(
             shown = spent
             _save(file, model, averaged, optimisers, generator, step)
             if progress is not None:
-                _with_weights(model, averaged, lambda: progress(model, step))
+                own = {key: weight.clone() for key, weight in model.state_dict().items()}
+                model.load_state_dict(averaged)
+                model.eval()
+                with torch.no_grad():
+                    progress(model, step)
+                model.train().load_state_dict(own)
     _save(file, model, averaged, optimisers, generator, step)
     return averaged
 
@@ -149,16 +156,6 @@ def _decay(done: float) -> float:
     if done < 0.5:
         return 1.0
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
-
-
-def _with_weights(model: nn.Module, weights: dict[str, Tensor], action: Callable[[], None]) -> None:
-    own = {key: value.clone() for key, value in model.state_dict().items()}
-    model.load_state_dict(weights)
-    model.eval()
-    with torch.no_grad():
-        action()
-    model.train()
-    model.load_state_dict(own)
 
 
 def _save(

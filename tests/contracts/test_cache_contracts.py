@@ -106,7 +106,7 @@ def test_methods_that_need_a_chain_are_refused_without_one(name, tiny, baseline)
     MATRIX[name, family_of(tiny)] = "refused: no chain"
 
 
-class Interrupted(Exception):
+class InterruptedRunError(Exception):
     pass
 
 
@@ -118,13 +118,13 @@ def interrupted_run(tiny: Any) -> None:
     def step(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 4:
-            raise Interrupted
+            raise InterruptedRunError
         return original(*args, **kwargs)
 
     step.__signature__ = __import__("inspect").signature(original)
     scheduler.step = step
     try:
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRunError):
             run(tiny, seed=5)
     finally:
         del scheduler.step

@@ -1,0 +1,214 @@
+"""Measure a zoo model by formula: colour, motion, caption, KID, and quality against step count.
+
+    python -m demos.zoo.evaluate --model emoji-video --steps 50 20 10 5 --json out.json
+
+Every figure is also given for real renders of the same captions: the best that can be reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from accel import metrics, model_zoo
+from demos.zoo import data
+
+VIEWS = 24
+"""Real renders of each name that the caption classifier learns from."""
+
+
+def colour_of(video: Tensor) -> str:
+    """Palette colour nearest to the border's median: (frames, 3, h, w) in [0, 1]."""
+    border = torch.cat(
+        (video[..., :2, :].flatten(2), video[..., -2:, :].flatten(2), video[..., :2].flatten(2)), 2
+    )
+    median = border.transpose(0, 1).flatten(1).median(1).values
+    palette = torch.tensor(list(data.COLOURS.values())) / 255
+    return data.COLOUR_NAMES[int((palette - median).square().sum(1).argmin())]
+
+
+def _tracks(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centroid x, centroid y (shares of the frame) and area of what differs from the ground."""
+    ground = video[..., :2, :].flatten(2).transpose(0, 1).flatten(1).median(1).values
+    weight = (video - ground[None, :, None, None]).abs().amax(1)
+    weight = torch.where(weight > 0.15, weight, 0.0)
+    size = video.shape[-1]
+    line = (torch.arange(size) + 0.5) / size
+    total = weight.sum((1, 2)).clamp(min=1e-6)
+    x = (weight.sum(1) * line).sum(1) / total
+    y = (weight.sum(2) * line).sum(1) / total
+    return x, y, (weight > 0).float().mean((1, 2))
+
+
+def motion_of(video: Tensor) -> str:
+    """Which motion a clip shows, or "none": (frames, 3, h, w) in [0, 1].
+
+    Slides and bounce by the centroid's track, growth by the area's, and spin against wobble by
+    the middle frame, which a spin shows upside down and a wobble as at the start.
+    """
+    x, y, area = _tracks(video)
+    third = max(len(video) // 4, 1)
+    across = float(x[-third:].mean() - x[:third].mean())
+    down = float(y[-third:].mean() - y[:third].mean())
+    growth = float((area[-third:].mean() / area[:third].mean().clamp(min=1e-6)).log())
+    if max(abs(across), abs(down)) > 0.15:
+        if abs(across) > abs(down):
+            return "right" if across > 0 else "left"
+        return "down" if down > 0 else "up"
+    if abs(growth) > 0.6:
+        return "grow" if growth > 0 else "shrink"
+    if float(y.max() - y.min()) > 0.14:
+        return "bounce"
+    first, quarter, middle = (_centred(video, x, y, i) for i in (0, len(video) // 8, len(video) // 2))
+    if float((quarter - first).abs().mean()) < 0.01:
+        return "none"
+    upside_down = float((first.flip((-2, -1)) - middle).abs().mean())
+    return "spin" if upside_down < float((first - middle).abs().mean()) else "wobble"
+
+
+def _centred(video: Tensor, x: Tensor, y: Tensor, index: int) -> Tensor:
+    """One frame, shifted so that its object lies in the middle."""
+    size = video.shape[-1]
+    shift = [round(size * (0.5 - float(y[index]))), round(size * (0.5 - float(x[index])))]
+    return torch.roll(video[index], shift, dims=(-2, -1))
+
+
+class CaptionClassifier:
+    """Names from pictures: a linear layer on efficientnet-lite0 features of real renders."""
+
+    def __init__(self, size: int, video: bool) -> None:
+        generator = Generator().manual_seed(11)
+        names = torch.arange(len(data.NAMES)).repeat(VIEWS)
+        images = real_pictures(names, size, video, generator)
+        features = metrics.lite0_features(images)
+        self.mean, self.std = features.mean(0), features.std(0) + 1e-6
+        normal = (features - self.mean) / self.std
+        torch.manual_seed(0)
+        self.layer = torch.nn.Linear(features.shape[1], len(data.NAMES))
+        optimiser = torch.optim.AdamW(self.layer.parameters(), lr=3e-3, weight_decay=0.1)
+        for _ in range(300):
+            loss = torch.nn.functional.cross_entropy(self.layer(normal), names)
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        fresh = torch.arange(len(data.NAMES)).repeat(4)
+        held = metrics.lite0_features(real_pictures(fresh, size, video, generator))
+        self.accuracy = float((self.scores(held).argmax(1) == fresh).float().mean())
+
+    @torch.no_grad()
+    def scores(self, features: Tensor) -> Tensor:
+        """Log-probabilities of the names, (n, names)."""
+        return self.layer((features - self.mean) / self.std).log_softmax(1)
+
+
+def real_pictures(names: Tensor, size: int, video: bool, generator: Generator) -> Tensor:
+    """Real pictures in [0, 1] at the model's resolution; for video, frames of moving ones."""
+    pictures = data.sprites()
+    colours = torch.randint(len(data.COLOURS), (len(names),), generator=generator)
+    if not video:
+        return (data.render_images(pictures, names, colours, size, generator) + 1) / 2
+    motions = torch.randint(len(data.MOTIONS), (len(names),), generator=generator)
+    clips = data.render_videos(pictures, names, colours, motions, 9, size, generator)
+    chosen = torch.randint(9, (len(names),), generator=generator)
+    return (clips[torch.arange(len(names)), :, chosen] + 1) / 2
+
+
+def real_clips(captions: list[str], size: int, video: bool) -> Tensor:
+    """Renders of captions: (n, frames, 3, size, size) in [0, 1]; one frame for pictures."""
+    parsed = [data.parse(caption) for caption in captions]
+    names = torch.tensor([data.NAMES.index(name) for name, _, _ in parsed])
+    colours = torch.tensor([data.COLOUR_NAMES.index(colour) for _, colour, _ in parsed])
+    generator = Generator().manual_seed(12)
+    if not video:
+        images = data.render_images(data.sprites(), names, colours, size, generator)
+        return (images[:, None] + 1) / 2
+    motions = torch.tensor([data.MOTION_NAMES.index(motion) for _, _, motion in parsed if motion])
+    clips = data.render_videos(data.sprites(), names, colours, motions, 9, size, generator)
+    return (clips.transpose(1, 2) + 1) / 2
+
+
+def generated_clips(pipe: Any, call: dict[str, Any], captions: list[str]) -> Tensor:
+    """What the model makes of captions, in the form of `real_clips`; seed = line number."""
+    made = []
+    for index, caption in enumerate(captions):
+        generator = Generator().manual_seed(index)
+        out = pipe(**call | {"prompt": caption}, generator=generator, output_type="np")
+        array = out.frames[0] if hasattr(out, "frames") else out.images[:1]
+        made.append(torch.from_numpy(np.asarray(array)).permute(0, 3, 1, 2).float())
+    return torch.stack(made)
+
+
+def scores(clips: Tensor, captions: list[str], judge: CaptionClassifier, real: Tensor) -> dict:
+    """All formula scores of clips (n, frames, 3, h, w) for their captions."""
+    parsed = [data.parse(caption) for caption in captions]
+    frames = sorted({0, clips.shape[1] // 2, clips.shape[1] - 1})
+    features = [metrics.lite0_features(clips[:, frame]) for frame in frames]
+    guesses = torch.stack([judge.scores(part) for part in features]).mean(0).argmax(1)
+    names = [data.NAMES[int(guess)] for guess in guesses]
+    result = {
+        "colour": _share(colour_of(c) == colour for c, (_, colour, _) in zip(clips, parsed)),
+        "caption_top1": _share(guess == name for guess, (name, _, _) in zip(names, parsed)),
+        "kid": metrics.kid(real, torch.cat(features)),
+    }
+    if clips.shape[1] > 1:
+        result["motion"] = _share(motion_of(c) == m for c, (_, _, m) in zip(clips, parsed))
+    return result
+
+
+def _share(hits: Any) -> float:
+    found = [bool(hit) for hit in hits]
+    return sum(found) / len(found)
+
+
+def evaluate(model: str, captions: list[str], steps: list[int], guidance: list[float]) -> dict:
+    """Scores of a zoo model for several step counts and guidance scales."""
+    pipe, call, fps = model_zoo.load(model)
+    size, video = call["height"], fps is not None
+    judge = CaptionClassifier(size, video)
+    real = real_clips(captions, size, video)
+    frames = sorted({0, real.shape[1] // 2, real.shape[1] - 1})
+    known = torch.cat([metrics.lite0_features(real[:, frame]) for frame in frames])
+    result: dict[str, Any] = {
+        "model": model,
+        "prompts": len(captions),
+        "classifier_accuracy_on_real": judge.accuracy,
+        "real": scores(real, captions, judge, known),
+        "runs": [],
+    }
+    scale_name = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
+    settings = [(count, call[scale_name]) for count in steps]
+    settings += [(max(steps), scale) for scale in guidance]
+    for count, scale in settings:
+        arguments = call | {"num_inference_steps": count, scale_name: scale}
+        clips = generated_clips(pipe, arguments, captions)
+        row = {"steps": count, "guidance": scale, **scores(clips, captions, judge, known)}
+        print(json.dumps(row), flush=True)
+        result["runs"].append(row)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--part", default="final", choices=["train", "heldout", "final"])
+    parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20, 10, 5])
+    parser.add_argument("--guidance", type=float, nargs="*", default=[1.0])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    lines = model_zoo.prompts(options.model, options.part).read_text().splitlines()
+    captions = lines[: options.num_prompts]
+    result = evaluate(options.model, captions, options.steps, options.guidance)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key != "runs"}))
+
+
+if __name__ == "__main__":
+    main()
