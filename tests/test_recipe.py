@@ -1,0 +1,64 @@
+"""Recipes are strict, and come back as they were saved."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import accel
+from accel.recipe import Recipe
+
+GOOD = {"entries": [{"name": "MagCache", "settings": {"threshold": 0.1}}]}
+
+
+def write(tmp_path, content: object):
+    path = tmp_path / "recipe.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_round_trip(tmp_path) -> None:
+    methods = (
+        accel.MagCache(ratios={"cond": (1.0, 0.9), "uncond": (1.0, 0.8)}, reuse=accel.Newton(2)),
+        accel.EasyCache(),
+    )
+    Recipe.of(methods, model="WanTransformer3DModel").save(tmp_path / "r.json")
+    assert Recipe.load(tmp_path / "r.json").methods == methods
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not UTF-8 JSON"),
+        ('{"entries": [], "entries": []}', "duplicate keys entries"),
+        ({"entries": [], "more": 1}, "more: Extra inputs"),
+        ({**GOOD, "schema_version": 2}, "schema_version"),
+        ({"entries": [{"name": "NoCache"}]}, "unknown method 'NoCache'; accepted: easycache"),
+        ({"entries": [{"name": "EasyCache", "settings": {"treshold": 1}}]}, "no setting treshold"),
+        ({"entries": [{"name": "EasyCache", "settings": {"threshold": -1}}]}, "number ≥ 0"),
+        ({"entries": [{"name": "EasyCache", "settings": {"threshold": "1"}}]}, "number ≥ 0"),
+        ('{"entries": [{"name": "EasyCache", "settings": {"threshold": NaN}}]}', "threshold"),
+        (
+            {"entries": [{"name": "EasyCache", "settings": {"reuse": {"name": "Magic"}}}]},
+            "unknown approximator 'Magic'",
+        ),
+    ],
+)
+def test_wrong_files_get_one_clear_message(tmp_path, content, message) -> None:
+    with pytest.raises(accel.AccelError, match=message):
+        _ = Recipe.load(write(tmp_path, content)).methods
+
+
+def test_too_large_and_missing_files(tmp_path) -> None:
+    with pytest.raises(accel.AccelError, match="larger than"):
+        Recipe.load(write(tmp_path, " " * 1_000_001))
+    with pytest.raises(accel.AccelError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.json")
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5))
+def test_any_json_value_is_refused_cleanly(value) -> None:
+    with pytest.raises(accel.AccelError):
+        _ = Recipe.read({"entries": [{"name": "EasyCache", "settings": {"threshold": [value]}}]})
