@@ -65,7 +65,9 @@ def motion_of(video: Tensor) -> str:
         return "grow" if growth > 0 else "shrink"
     if float(y.max() - y.min()) > 0.14:
         return "bounce"
-    first, quarter, middle = (_centred(video, x, y, i) for i in (0, len(video) // 8, len(video) // 2))
+    first, quarter, middle = (
+        _centred(video, x, y, i) for i in (0, len(video) // 8, len(video) // 2)
+    )
     if float((quarter - first).abs().mean()) < 0.01:
         return "none"
     upside_down = float((first.flip((-2, -1)) - middle).abs().mean())
@@ -152,12 +154,18 @@ def scores(clips: Tensor, captions: list[str], judge: CaptionClassifier, real: T
     guesses = torch.stack([judge.scores(part) for part in features]).mean(0).argmax(1)
     names = [data.NAMES[int(guess)] for guess in guesses]
     result = {
-        "colour": _share(colour_of(c) == colour for c, (_, colour, _) in zip(clips, parsed)),
-        "caption_top1": _share(guess == name for guess, (name, _, _) in zip(names, parsed)),
+        "colour": _share(
+            colour_of(c) == colour for c, (_, colour, _) in zip(clips, parsed, strict=True)
+        ),
+        "caption_top1": _share(
+            guess == name for guess, (name, _, _) in zip(names, parsed, strict=True)
+        ),
         "kid": metrics.kid(real, torch.cat(features)),
     }
     if clips.shape[1] > 1:
-        result["motion"] = _share(motion_of(c) == m for c, (_, _, m) in zip(clips, parsed))
+        result["motion"] = _share(
+            motion_of(c) == m for c, (_, _, m) in zip(clips, parsed, strict=True)
+        )
     return result
 
 
