@@ -1,0 +1,137 @@
+"""The command line, run as users run it."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny_pipelines import TINY
+from typer.testing import CliRunner
+
+import accel
+from accel import cli, media
+
+CALL = {
+    "height": 16,
+    "width": 16,
+    "num_frames": 5,
+    "max_sequence_length": 16,
+    "negative_prompt": "dog",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved tiny Wan pipeline."""
+    folder = tmp_path_factory.mktemp("model")
+    TINY["wan21"]().pipe.save_pretrained(folder)
+    return folder
+
+
+def call(*arguments: str):
+    """`accel …` in this process: (exit code, stdout, stderr)."""
+    result = CliRunner().invoke(cli.app, list(arguments))
+    return result
+
+
+def command(model, output, *more: str) -> list[str]:
+    return [
+        *("generate", "-m", str(model), "-p", "a cat", "--steps", "8", "-o", str(output)),
+        *("--pipeline-kwargs", json.dumps(CALL), "--format", "json", *more),
+    ]
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    began = time.monotonic()
+    code = (
+        "import sys; sys.argv = ['accel', '--help']\n"
+        "from accel.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "generate" in done.stdout
+    assert time.monotonic() - began < 10
+
+
+def test_generate_writes_a_video_that_tells_how_it_was_made(model, tmp_path) -> None:
+    result = call(*command(model, tmp_path, "--method", "plaincycle", "--set", "interval=2"))
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    (file,) = printed["files"]
+    assert printed["hits"] == 8
+    metadata = media.read_metadata(media.Path(file))
+    assert metadata["seed"] == 0
+    assert metadata["recipe"]["entries"] == [
+        {"name": "PlainCycle", "settings": {"interval": 2}},
+    ]
+    shown = call("show", file, "--format", "json")
+    assert json.loads(shown.stdout) == metadata
+
+
+def test_compare_reports_quality_and_writes_three_files(model, tmp_path) -> None:
+    result = call(*command(model, tmp_path, "--method", "magcache", "--compare"))
+    assert result.exit_code == 0, result.output
+    printed = json.loads(result.stdout)
+    assert len(printed["files"]) == 3
+    assert 0 < printed["share_computed"] < 1
+    assert printed["speedup"] > 0
+    assert printed["psnr"] > 10
+    assert 0 < printed["ssim_gaussian11"] <= 1
+    assert printed["feature_distance"] >= 0
+
+
+def test_recipe_file_is_used(model, tmp_path) -> None:
+    recipe = tmp_path / "r.json"
+    accel.Recipe.of((accel.PlainCycle(interval=4),)).save(recipe)
+    result = call(*command(model, tmp_path, "--recipe", str(recipe)))
+    assert json.loads(result.stdout)["share_computed"] == pytest.approx(0.25)
+
+
+def test_nothing_saved_is_said_loudly(model, tmp_path) -> None:
+    result = call(*command(model, tmp_path, "--method", "plaincycle", "--set", "interval=1"))
+    assert "nothing was saved" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "nocache"], "unknown method 'nocache'; accepted: easycache"),
+        (["--method", "magcache", "--set", "treshold=1"], "no setting treshold; accepted"),
+        (["--method", "magcache", "--set", "threshold"], "write key=value"),
+        (["--set", "threshold=1"], "--set needs exactly one --method"),
+        (["--recipe", "none.json"], "recipe none.json: cannot be read"),
+        (["--method", "magcache", "--recipe", "x"], "--method or --recipe, not both"),
+        (["--pipeline-kwargs", "{"], "--pipeline-kwargs: not JSON"),
+        (["--pipeline-kwargs", '{"colour": 1}'], "WanPipeline takes no colour"),
+    ],
+)
+def test_wrong_arguments_get_one_line(model, tmp_path, more, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["accel", *command(model, tmp_path, *more)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("accel: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_models_name_what_is_accepted(tmp_path, capsys, monkeypatch) -> None:
+    for model, message in (("zoo:none", "unknown zoo model 'none'"), ("no/such", "a folder or a repository name")):
+        monkeypatch.setattr(sys, "argv", ["accel", *command(model, tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_doctor_examines_this_machine() -> None:
+    result = call("doctor", "--format", "json")
+    found = json.loads(result.stdout)
+    assert found["versions"]["torch"]
+    assert found["problems"] == []
+    assert result.exit_code == 0
