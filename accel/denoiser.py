@@ -76,6 +76,8 @@ class Denoiser:
         self._call_step: tuple[int, int | None] = (-1, None)
         self._forward: Forward | None = None
         self._learned: dict[str, tuple[str, ...]] = {}
+        self._last_outputs: tuple[str, tuple[Any, ...]] | None = None
+        self._warned = False
         self._undo: list[Callable[[], None]] = []
 
     # --- attaching -----------------------------------------------------------------------------
@@ -152,6 +154,7 @@ class Denoiser:
         """Drop every cached tensor and every policy's state."""
         self._branches.clear()
         self._forward = None
+        self._last_outputs = None
 
     def _adapters_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -336,24 +339,23 @@ class Denoiser:
         stack = self._stacks[index]
         if stack.outputs is not None or stack.name in self._learned:
             return output
-        if isinstance(output, torch.Tensor):
-            self._learned[stack.name] = (HIDDEN,)
+        values = (output,) if isinstance(output, torch.Tensor) else tuple(output)
+        previous, self._last_outputs = self._last_outputs, (stack.name, values)
+        if previous is None or previous[0] != stack.name:
             return output
-        previous = self.__dict__.pop("_last_output", None)
-        if previous is not None and previous[0] == stack.name:
-            order = tuple(
-                next((name for name in self._streams if arguments.get(name) is value), "")
-                for value in previous[1]
-            )
-            if HIDDEN in order and "" not in order:
-                self._learned[stack.name] = order
-                return output
+        order = tuple(
+            next((name for name in self._streams if arguments.get(name) is value), "")
+            for value in previous[1]
+        )
+        if HIDDEN in order and "" not in order:
+            self._learned[stack.name] = order
+        elif not self._warned:
+            self._warned = True
             logger.warning(
                 "%s: the blocks of %s do not hand their outputs on unchanged; nothing is cached",
                 type(self.module).__name__,
                 stack.name,
             )
-        self.__dict__["_last_output"] = (stack.name, output)
         return output
 
     def _relayout(self, streams: Streams, like: Any) -> Streams:

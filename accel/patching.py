@@ -34,11 +34,7 @@ class Patch:
         self._handles: list[tuple[Method, list[Handle]]] = []
         self._scheduler: Any = None
         self._denoisers = _denoisers(pipe, self._clock)
-        try:
-            self._attach(methods)
-        except BaseException:
-            self.remove()
-            raise
+        self.attach(methods)
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -83,12 +79,21 @@ class Patch:
 
     # --- attaching -----------------------------------------------------------------------------
 
+    def attach(self, methods: tuple[Method, ...]) -> None:
+        """Attach to a pipeline that is not patched; all of it or, on an error, nothing."""
+        try:
+            self._attach(methods)
+        except BaseException:
+            self.remove()
+            raise
+
     def _attach(self, methods: tuple[Method, ...]) -> None:
         for method in methods:
             handles: list[Handle] = []
             self._handles.append((method, handles))
             for denoiser in self._denoisers:
                 handles.append(method.attach(denoiser))
+        self._clock.listeners.clear()
         for denoiser in self._denoisers:
             denoiser.first_call = self._first_call
             self._clock.listeners.append(denoiser.begin)
@@ -159,7 +164,7 @@ def patch(
         return Patch(pipe, chosen)
     except BaseException:
         if previous is not None:
-            Patch(pipe, before)
+            previous.attach(before)
         raise
 
 

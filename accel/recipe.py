@@ -99,7 +99,7 @@ class Recipe(BaseModel):
 def beside(pipe: Any) -> Recipe | None:
     """The recipe that lies in the folder the pipeline was loaded from, if any."""
     origin = getattr(pipe, "config", {}).get("_name_or_path") if hasattr(pipe, "config") else None
-    if not isinstance(origin, str) or not (Path(origin) / FILE_NAME).is_file():
+    if not isinstance(origin, str | os.PathLike) or not (Path(origin) / FILE_NAME).is_file():
         return None
     return Recipe.load(Path(origin) / FILE_NAME)
 

@@ -52,7 +52,9 @@ class MagCache:
         )
         for table in _tables(self.ratios).values():
             if len(table) < 2 or not all(is_number(ratio) and ratio > 0 for ratio in table):
-                raise AccelError("MagCache(ratios=…): each table needs at least two positive numbers")
+                raise AccelError(
+                    "MagCache(ratios=…): each table needs at least two positive numbers"
+                )
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the whole block chain."""
@@ -60,7 +62,9 @@ class MagCache:
         measured: dict[str, _Measurement] = {}
 
         def policy(branch: Branch) -> _RatioChain | _Measurement:
-            if not tables and any(known.run == denoiser.clock.completed for known in measured.values()):
+            if not tables and any(
+                known.run == denoiser.clock.completed for known in measured.values()
+            ):
                 tables.update({name: known.table() for name, known in measured.items()})
             if not tables:
                 measured[branch.name] = _Measurement(denoiser.clock.run)

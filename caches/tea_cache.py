@@ -61,7 +61,9 @@ class TeaCache:
         measured: dict[str, _Measurement] = {}
 
         def policy(branch: Branch) -> _Accumulate | _Measurement:
-            if not known and any(each.run == denoiser.clock.completed for each in measured.values()):
+            if not known and any(
+                each.run == denoiser.clock.completed for each in measured.values()
+            ):
                 known.append(_fit(self, measured))
             if not known:
                 measured[branch.name] = _Measurement(denoiser.clock.run)

@@ -30,9 +30,8 @@ def model(tmp_path_factory):
 
 
 def call(*arguments: str):
-    """`accel …` in this process: (exit code, stdout, stderr)."""
-    result = CliRunner().invoke(cli.app, list(arguments))
-    return result
+    """`accel …` in this process."""
+    return CliRunner().invoke(cli.app, list(arguments))
 
 
 def command(model, output, *more: str) -> list[str]:
@@ -121,7 +120,8 @@ def test_wrong_arguments_get_one_line(model, tmp_path, more, message, capsys, mo
 
 
 def test_unknown_models_name_what_is_accepted(tmp_path, capsys, monkeypatch) -> None:
-    for model, message in (("zoo:none", "unknown zoo model 'none'"), ("no/such", "a folder or a repository name")):
+    messages = {"zoo:none": "unknown zoo model 'none'", "no/such": "a folder or a repository"}
+    for model, message in messages.items():
         monkeypatch.setattr(sys, "argv", ["accel", *command(model, tmp_path)])
         with pytest.raises(SystemExit) as stop:
             cli.main()

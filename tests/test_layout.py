@@ -125,7 +125,9 @@ def test_wheel_holds_exactly_the_sources(tmp_path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {
-        f"accel/{file.name}" if file.parent.name == "accel" else f"accel/{file.parent.name}/{file.name}"
+        f"accel/{file.name}"
+        if file.parent.name == "accel"
+        else f"accel/{file.parent.name}/{file.name}"
         for file in sources()
     }
     assert {name for name in names if name.endswith(".py")} == expected

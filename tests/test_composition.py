@@ -1,0 +1,348 @@
+"""Patching together with LoRA, offload, compile, copies, other schedulers and threads."""
+
+import copy
+import threading
+
+import diffusers
+import pytest
+import torch
+from peft import LoraConfig
+from tiny_pipelines import TINY, Tiny, built, run
+
+import accel
+
+CYCLE = accel.PlainCycle(interval=2)
+
+
+def fresh(family: str) -> Tiny:
+    return TINY[family]()
+
+
+def add_lora(pipe, scale: float = 1.0) -> None:
+    torch.manual_seed(3)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    )
+
+
+@pytest.mark.parametrize("family", ["wan21", "flux"])
+def test_lora_before_and_after_patching_agree(family) -> None:
+    before, after = fresh(family), fresh(family)
+    add_lora(before.pipe)
+    accel.patch(before.pipe, CYCLE)
+    accel.patch(after.pipe, CYCLE)
+    plain = run(after)
+    add_lora(after.pipe)
+    result = run(before)
+    assert torch.equal(result, run(after))
+    assert not torch.equal(result, plain)
+    accel.unpatch(after.pipe)
+    after.pipe.transformer.disable_adapters()
+    assert torch.equal(run(after), built(family)[1])
+
+
+def test_changing_adapters_in_a_run_drops_the_cache() -> None:
+    tiny = fresh("wan21")
+    add_lora(tiny.pipe)
+    accel.patch(tiny.pipe, accel.PlainCycle(interval=100))
+
+    def switch_off(pipe, step, timestep, kwargs):
+        if step == 3:
+            pipe.transformer.disable_adapters()
+        return kwargs
+
+    run(tiny, callback_on_step_end=switch_off)
+    assert accel.stats(tiny.pipe).verdicts["transformer/cond"] == "CRRRCRRR"
+
+
+def test_changing_the_prompt_in_a_run_drops_the_cache() -> None:
+    tiny, _ = built("sd3")
+
+    def other_prompt(pipe, step, timestep, kwargs):
+        if step == 3:
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"] + 1
+        return kwargs
+
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=100)) as handle:
+        run(
+            tiny,
+            callback_on_step_end=other_prompt,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        )
+        assert handle.report().verdicts["transformer/batched"] == "CRRRCRRR"
+
+
+@pytest.mark.parametrize("order", ["offload first", "patch first"])
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_offloading_keeps_the_result(kind, order) -> None:
+    expected = fresh("flux")
+    with accel.patched(expected.pipe, CYCLE):
+        wanted = run(expected)
+    tiny = fresh("flux")
+
+    def offload() -> None:
+        if kind == "model":
+            tiny.pipe.enable_model_cpu_offload(device="cpu")
+        else:
+            tiny.pipe.transformer.enable_group_offload(
+                onload_device=torch.device("cpu"),
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+            )
+
+    if order == "offload first":
+        offload()
+    accel.patch(tiny.pipe, CYCLE)
+    if order == "patch first":
+        offload()
+    for _ in range(2):
+        assert torch.equal(run(tiny), wanted)
+        assert accel.stats(tiny.pipe).hit_rate == 0.5
+    accel.unpatch(tiny.pipe)
+    assert torch.equal(run(tiny), built("flux")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["compile first", "patch first"])
+def test_regional_compile_without_graph_breaks(order) -> None:
+    graphs = []
+
+    def count(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    tiny = fresh("flux")
+    with accel.patched(tiny.pipe, CYCLE):
+        wanted = run(tiny)
+    if order == "patch first":
+        accel.patch(tiny.pipe, CYCLE)
+    tiny.pipe.transformer.compile_repeated_blocks(backend=count, fullgraph=True)
+    if order == "compile first":
+        accel.patch(tiny.pipe, CYCLE)
+    result = run(tiny)
+    first = len(graphs)
+    assert torch.allclose(result, wanted, atol=1e-5)
+    assert accel.stats(tiny.pipe).hit_rate == 0.5
+    run(tiny)
+    assert len(graphs) == first, "reuse made it compile again"
+    assert 1 <= first <= 4
+    torch._dynamo.reset()
+
+
+def test_whole_compile_is_refused_for_block_methods() -> None:
+    tiny = fresh("flux")
+    tiny.pipe.transformer.compile(backend="eager")
+    with pytest.raises(accel.AccelError, match="compile_repeated_blocks"):
+        accel.patch(tiny.pipe, CYCLE)
+    accel.patch(tiny.pipe, accel.EasyCache())
+
+
+def test_copies_of_patched_models_are_plain_and_independent() -> None:
+    tiny = fresh("wan21")
+    before = type(tiny.pipe.transformer), type(tiny.pipe.transformer.blocks[0])
+    accel.patch(tiny.pipe, CYCLE)
+    run(tiny)
+    twin = copy.deepcopy(tiny.pipe.transformer)
+    assert (type(twin), type(twin.blocks[0])) == before
+    assert not any("accel" in key for key in [*vars(twin), *vars(twin.blocks[0])])
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    accel.unpatch(tiny.pipe)
+    assert torch.equal(run(tiny), built("wan21")[1])
+
+
+def test_saving_while_patched(tmp_path) -> None:
+    tiny = fresh("wan21")
+    accel.patch(tiny.pipe, CYCLE)
+    run(tiny)
+    tiny.pipe.save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert type(loaded.transformer) is diffusers.WanTransformer3DModel
+    assert torch.allclose(run(Tiny(loaded, tiny.call)), built("wan21")[1], atol=1e-5)
+
+
+def test_two_pipelines_of_one_class_do_not_touch_each_other() -> None:
+    one, two = fresh("wan21"), fresh("wan21")
+    accel.patch(one.pipe, CYCLE)
+    assert torch.equal(run(two), built("wan21")[1])
+    accel.patch(two.pipe, accel.PlainCycle(interval=4))
+    first = run(one)
+    accel.unpatch(two.pipe)
+    assert torch.equal(run(one), first)
+    assert torch.equal(run(two), built("wan21")[1])
+
+
+def test_patching_again_replaces() -> None:
+    tiny, wanted = built("wan21")
+    accel.patch(tiny.pipe, accel.PlainCycle(interval=4))
+    handle = accel.patch(tiny.pipe, CYCLE)
+    run(tiny)
+    assert handle.report().hit_rate == 0.5
+    handle.remove()
+    handle.remove()
+    accel.unpatch(tiny.pipe)
+    assert torch.equal(run(tiny), wanted)
+
+
+def test_failed_patching_keeps_the_previous_patch() -> None:
+    tiny, _ = built("sd15")
+    with accel.patched(tiny.pipe, CYCLE):
+        with pytest.raises(accel.AccelError, match="needs a chain"):
+            accel.patch(tiny.pipe, accel.MagCache())
+        run(tiny)
+        assert accel.stats(tiny.pipe).hit_rate == 0.5
+
+
+def test_swapped_scheduler_is_followed_and_given_back() -> None:
+    tiny = fresh("sd15")
+    accel.patch(tiny.pipe, CYCLE)
+    run(tiny)
+    old = tiny.pipe.scheduler
+    tiny.pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(old.config)
+    run(tiny)
+    assert accel.stats(tiny.pipe).hit_rate == 0.5
+    assert type(old) is diffusers.DDIMScheduler
+    accel.unpatch(tiny.pipe)
+    assert type(tiny.pipe.scheduler) is diffusers.EulerDiscreteScheduler
+
+
+def test_second_order_schedulers_count_their_own_steps() -> None:
+    tiny = fresh("sd15")
+    tiny.pipe.scheduler = diffusers.HeunDiscreteScheduler.from_config(tiny.pipe.scheduler.config)
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=1)) as handle:
+        run(tiny, num_inference_steps=5)
+        assert handle.report().verdicts == {"unet/batched": "C" * 9}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("flux", diffusers.FluxImg2ImgPipeline), ("sd15", diffusers.StableDiffusionImg2ImgPipeline)],
+)
+def test_image_to_image_makes_fewer_steps(family, kind) -> None:
+    tiny = fresh(family)
+    pipe = kind(**tiny.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    size = tiny.call["height"]
+    call = {**tiny.call, "image": torch.rand(1, 3, size, size), "strength": 0.5}
+    if family == "sd15":
+        call = {key: value for key, value in call.items() if key not in ("height", "width")}
+    both = Tiny(pipe, call)
+    with accel.patched(pipe, accel.EasyCache(threshold=1e6, warmup=2)) as handle:
+        run(both)
+        (verdicts,) = handle.report().verdicts.values()
+    assert verdicts == "CCRC"
+
+
+def test_threads_take_turns() -> None:
+    tiny = fresh("wan21")
+    with accel.patched(tiny.pipe, CYCLE):
+        wanted = [run(tiny, seed=seed) for seed in range(2)]
+    results: dict[int, torch.Tensor] = {}
+    with accel.patched(tiny.pipe, CYCLE):
+        threads = [
+            threading.Thread(target=lambda s=seed: results.update({s: run(tiny, seed=s)}))
+            for seed in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(results[seed], wanted[seed]) for seed in range(2))
+
+
+def test_extra_guidance_calls_are_their_own_branch() -> None:
+    tiny, _ = built("sd3")
+    with accel.patched(tiny.pipe, CYCLE) as handle:
+        run(
+            tiny,
+            skip_guidance_layers=[1],
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        )
+        assert {row.branch for row in handle.report().rows} == {"batched", "call1"}
+
+
+def test_unregistered_transformers_are_described_by_their_structure(monkeypatch) -> None:
+    from accel import registry
+
+    monkeypatch.setattr(registry, "FAMILIES", {})
+    for family in ("ltx", "flux", "cogvideox", "sd3"):
+        tiny, _ = built(family)
+        with accel.patched(tiny.pipe, CYCLE) as handle:
+            detected = run(tiny)
+            assert handle.report().hit_rate == 0.5
+        monkeypatch.undo()
+        with accel.patched(tiny.pipe, CYCLE):
+            assert torch.equal(run(tiny), detected)
+        monkeypatch.setattr(registry, "FAMILIES", {})
+
+
+def test_blocks_that_do_not_form_a_chain_are_left_alone(monkeypatch, caplog) -> None:
+    from accel import registry
+
+    monkeypatch.setattr(registry, "FAMILIES", {})
+    tiny, wanted = built("latte")
+    with accel.patched(tiny.pipe, CYCLE) as handle:
+        assert torch.equal(run(tiny), wanted)
+        assert handle.report().hit_rate == 0
+    assert "do not hand their outputs on unchanged" in caplog.text
+
+
+class Nothing(torch.nn.Module):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("pipe", "methods", "message"),
+    [
+        (object(), (CYCLE,), "object is not a diffusers pipeline"),
+        ("sd15", (accel.PlainCycle,), "is not a method; accepted are objects such as MagCache"),
+        ("sd15", ("magcache",), "is not a method"),
+        ("flux", (CYCLE, accel.MagCache()), "both change the 'stack' slot"),
+        ("flux", (accel.FirstBlockCache(probe_blocks=99),), "are not a part of the 6 blocks"),
+    ],
+)
+def test_wrong_calls_are_named_and_change_nothing(pipe, methods, message) -> None:
+    if isinstance(pipe, str):
+        tiny, wanted = built(pipe)
+        with pytest.raises(accel.AccelError, match=message):
+            accel.patch(tiny.pipe, *methods)
+        assert torch.equal(run(tiny), wanted)
+        with pytest.raises(accel.AccelError, match="is not patched"):
+            accel.stats(tiny.pipe)
+    else:
+        with pytest.raises(accel.AccelError, match=message):
+            accel.patch(pipe, *methods)
+
+
+def test_pipelines_without_denoiser_and_unknown_structures_are_refused() -> None:
+    tiny = fresh("flux")
+    components = {**tiny.pipe.components, "transformer": None}
+    with pytest.raises(accel.AccelError, match="has no denoiser with a scheduler"):
+        accel.patch(diffusers.FluxPipeline(**components), CYCLE)
+    tiny.pipe.transformer = Nothing()
+    with pytest.raises(accel.AccelError, match="no list of at least two blocks"):
+        accel.patch(tiny.pipe, CYCLE)
+
+
+def test_foreign_caches_are_refused() -> None:
+    tiny = fresh("flux")
+    tiny.pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(accel.AccelError, match="FirstBlockCacheConfig; disable it first"):
+        accel.patch(tiny.pipe, CYCLE)
+    tiny.pipe.transformer.disable_cache()
+    accel.patch(tiny.pipe, CYCLE)
+
+
+def test_without_methods_the_recipe_beside_the_model_is_used(tmp_path, caplog) -> None:
+    tiny = fresh("wan21")
+    assert accel.patch(tiny.pipe).methods == (accel.EasyCache(),)
+    accel.unpatch(tiny.pipe)
+    tiny.pipe.save_pretrained(tmp_path)
+    accel.Recipe.of((CYCLE,)).save(tmp_path / "accel_recipe.json")
+    loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert accel.patch(loaded).methods == (CYCLE,)
