@@ -1,0 +1,65 @@
+"""Rewrite the table of measured results in README.md from the JSON that `accel bench` wrote.
+
+    python benchmarks/readme_table.py benchmarks/results/emoji-video-cpu.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+README = Path(__file__).parent.parent / "README.md"
+
+
+def table(result: dict[str, Any]) -> str:
+    """Rows that reach 24 dB, fastest first, in Markdown; failing rows are named below."""
+    plan, machine, versions = result["plan"], result["machine"], result["versions"]
+    rows = [row for row in result["rows"] if "failed" not in row]
+    good = [row for row in rows if row["psnr"]["median"] >= 24]
+    lines = [
+        f"`{plan['model']}`, {plan['steps']} steps, {result['prompts']} held-out prompts, "
+        f"{machine['device']} with {machine['threads']} threads, torch {versions['torch']}, "
+        f"diffusers {versions['diffusers']}. Settings of at least 24 dB, fastest first:",
+        "",
+        "| | speed-up (spread) | computed | PSNR, dB (worst decile) | SSIM | feature distance |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(good, key=lambda row: -row["speedup"]):
+        low, high = row["speedup_spread"]
+        name = row["name"] if row["kind"] == "accel" else f"diffusers {row['name']}"
+        lines.append(
+            f"| {name} | {row['speedup']:.2f}× ({low:.2f}–{high:.2f}) | "
+            f"{row['share_computed']:.0%} | {row['psnr']['median']:.1f} "
+            f"({row['psnr']['worst_decile']:.1f}) | {row['ssim_gaussian11']['median']:.3f} | "
+            f"{row['feature_distance']['median']:.3f} |"
+        )
+    failed = [f"{row['name']} ({row['failed']})" for row in result["rows"] if "failed" in row]
+    if failed:
+        lines += ["", f"Failing in this run: {'; '.join(failed)}."]
+    cost = result["overhead"]
+    lines += [
+        "",
+        f"With nothing reused a run takes {cost['run']:+.1%} time; hooking costs "
+        f"{cost['microseconds_per_block']:.1f} µs a block. All rows: "
+        "`benchmarks/results/`; the command:",
+        "",
+        "```",
+        result["command"],
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Replace what lies between the two markers."""
+    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
