@@ -1,0 +1,86 @@
+"""The benchmark on a tiny model: its arithmetic and its honesty, never its speed."""
+
+import json
+
+import pytest
+from tiny_pipelines import TINY
+
+from accel import AccelError, bench, model_zoo
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    """A zoo that holds one tiny random video model."""
+    folder = tmp_path_factory.mktemp("zoo")
+    TINY["wan21"]().pipe.save_pretrained(folder / "tiny")
+    call = {
+        "height": 16,
+        "width": 16,
+        "num_frames": 5,
+        "max_sequence_length": 16,
+        "guidance_scale": 3.0,
+        "num_inference_steps": 8,
+    }
+    settings = {"call": call, "fps": 8, "negative_prompt": ""}
+    (folder / "tiny" / "call.json").write_text(json.dumps(settings))
+    for part in ("train", "heldout", "final"):
+        (folder / f"prompts_{part}.txt").write_text(f"a {part}\nb {part}\nc {part}\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_zoo(zoo, monkeypatch):
+    monkeypatch.setattr(model_zoo, "folder", lambda: zoo)
+
+
+def plan(**changes):
+    settings = {"model": "zoo:tiny", "num_prompts": 2, "steps": 6, "repeats": 2}
+    return bench.Plan(**{**settings, **changes})
+
+
+def test_rows_hold_speed_share_and_quality(tiny_zoo, tmp_path) -> None:
+    output = tmp_path / "deep" / "b.json"
+    result = bench.run(plan(methods="plaincycle,magcache"), output, command="accel bench …")
+    assert json.loads(output.read_text()) == result
+    assert result["prompts"] == 2
+    assert result["command"] == "accel bench …"
+    names = [row["name"] for row in result["rows"]]
+    assert names[0] == "PlainCycle(interval=2)"
+    assert "MagCache()" in names
+    first = result["rows"][0]
+    assert first["share_computed"] == 0.5
+    assert first["speedup_spread"][0] <= first["speedup"] <= first["speedup_spread"][1]
+    assert first["psnr"]["worst_decile"] <= first["psnr"]["median"]
+    assert first["feature_distance"]["worst_decile"] >= first["feature_distance"]["median"]
+    assert 0 < result["overhead"]["microseconds_per_block"] < 1000
+    text = bench.table(result)
+    assert len(text.splitlines()) == 1 + len(names)
+
+
+def test_doing_nothing_is_reported_as_failing(tiny_zoo) -> None:
+    import accel
+
+    running = bench.Bench(plan(), lambda _: None)
+    row = running.measure(running._ours(accel.PlainCycle(interval=1)))
+    assert row["failed"] == "nothing was skipped"
+    assert row["psnr"]["median"] == 100.0
+
+
+def test_peers_are_measured_or_reported_as_failing(tiny_zoo, tmp_path) -> None:
+    result = bench.run(plan(methods="plaincycle", peers=True), tmp_path / "b.json", command="")
+    peers = {row["name"]: row for row in result["rows"] if row["kind"] == "peer"}
+    assert peers["TaylorSeer(interval=2)"]["failed"] == "nothing was skipped"
+    assert "IndexError" in peers["FasterCache(spatial=2)"]["failed"]
+    working = [row for row in peers.values() if "failed" not in row]
+    assert working
+    assert all(0 < row["share_computed"] < 1 for row in working)
+
+
+def test_wrong_plans_are_named(tiny_zoo, tmp_path) -> None:
+    with pytest.raises(AccelError, match="unknown method 'none'"):
+        bench.run(plan(methods="none"), tmp_path / "b.json", command="")
+    with pytest.raises(AccelError, match="cannot be read"):
+        bench.Bench(plan(prompts=tmp_path / "none.txt"), lambda _: None)
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(AccelError, match="no prompt in it"):
+        bench.Bench(plan(prompts=tmp_path / "empty.txt"), lambda _: None)
