@@ -1,6 +1,6 @@
 """Rewrite the table of measured results in README.md from the JSON that `accel bench` wrote.
 
-    python benchmarks/readme_table.py benchmarks/results/emoji-video-cpu.json
+python benchmarks/readme_table.py benchmarks/results/emoji-video-cpu.json
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Word-level tokenizers that know exactly the words of the captions, and caption token tables."""
+"""Tokenizers that know exactly the words of the captions, and caption token tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def t5_tokenizer(length: int) -> T5Tokenizer:
 
 
 def clip_tokenizer(length: int) -> CLIPTokenizer:
-    """A CLIP tokenizer with one piece a word."""
+    """A CLIP tokenizer whose merges build the words of the captions (most are one piece)."""
     specials = ["<|startoftext|>", "<|endoftext|>"]
     letters = sorted({letter for word in WORDS for letter in word})
     pieces = [*letters, *(letter + "</w>" for letter in letters)]
