@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
+from accel.chain import Chain, parameters
 from accel.clock import StepClock
-from accel.family import ENCODER, HIDDEN, Arguments, Family, Stack
+from accel.family import ENCODER, HIDDEN, Arguments, Family
 from accel.hooks import is_compiled_whole, override
 from accel.method import AccelError, Handle
 from accel.report import StepRow
@@ -53,31 +53,24 @@ _ADAPTER_METHODS = [
 class Denoiser:
     """One denoiser of a patched pipeline.
 
-    `name` is its component name, `family` what we know of its class, `blocks` its chain in calling
+    `name` is its component name, `family` what we know of its class, `chain` its blocks in calling
     order. Methods add sites with `cache`; the state of a run is kept per guidance branch and is
     dropped when a new run begins or when shapes, dtypes, prompts or adapters change.
     """
 
     def __init__(self, name: str, module: Any, family: Family, clock: StepClock) -> None:
         self.name, self.module, self.family, self.clock = name, module, family, clock
-        chain = family.chain(module)
-        self.blocks: list[Any] = [block for block, _ in chain]
+        self.chain = Chain(module, family)
         self.rows: list[StepRow] = []
         self.memory_bytes = 0
         self.first_call: Callable[[], None] = lambda: None
-        self._stacks: list[Stack] = [stack for _, stack in chain]
-        self._block_names = [_parameters(block) for block in self.blocks]
-        self._names = _parameters(module)
-        self._streams: tuple[str, ...] = _streams(self._stacks)
+        self._names = parameters(module)
         self._sites: list[Site] = []
         self._branches: dict[tuple[str, int], BranchState] = {}
         self._context: str | None = None
         self._calls: dict[str | None, int] = {}
         self._call_step: tuple[int, int | None] = (-1, None)
         self._forward: Forward | None = None
-        self._learned: dict[str, tuple[str, ...]] = {}
-        self._last_outputs: tuple[str, tuple[Any, ...]] | None = None
-        self._warned = False
         self._undo: list[Callable[[], None]] = []
 
     # --- attaching -----------------------------------------------------------------------------
@@ -95,7 +88,7 @@ class Denoiser:
         `stop` counts from the end when negative or 0 (0 is the end). Raises `AccelError` when the
         denoiser has no such chain.
         """
-        count = len(self.blocks)
+        count = len(self.chain.blocks)
         if count < 2:
             raise AccelError(
                 f"{method} needs a chain of transformer blocks; {type(self.module).__name__} has "
@@ -135,7 +128,7 @@ class Denoiser:
         changed = {name: self._adapters_changed for name in _ADAPTER_METHODS}
         overrides = {"__call__": self._call, "cache_context": self._cache_context, **changed}
         self._undo.append(override(self.module, overrides))
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.chain.blocks):
             self._undo.append(override(block, {"__call__": partial(self._block, index)}))
 
     def _unhook(self) -> None:
@@ -154,7 +147,7 @@ class Denoiser:
         """Drop every cached tensor and every policy's state."""
         self._branches.clear()
         self._forward = None
-        self._last_outputs = None
+        self.chain.forget()
 
     def _adapters_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -243,7 +236,7 @@ class Denoiser:
 
     def _run(self, forward: Forward, run: Callable[[], Any]) -> Any:
         output = run()
-        if not self.blocks:
+        if not self.chain.blocks:
             forward.blocks_run = 1
         return output
 
@@ -263,106 +256,53 @@ class Denoiser:
                 verdict=forward.verdict,
                 seconds=seconds,
                 blocks_run=forward.blocks_run,
-                blocks=max(len(self.blocks), 1),
+                blocks=max(len(self.chain.blocks), 1),
             )
         )
 
     # --- a block call --------------------------------------------------------------------------
 
     def _block(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        forward = self._forward
+        forward, chain = self._forward, self.chain
         if forward is None:
             return original(*args, **kwargs)
-        arguments = Arguments(self._block_names[index], args, kwargs)
+        arguments = chain.arguments(index, args, kwargs)
         if index == 0:
-            forward.entry = self._inputs(arguments)
-            forward.entry_arguments, forward.entry_block = arguments, self.blocks[0]
+            forward.entry, forward.entry_arguments = chain.inputs(arguments), arguments
         number, site = self._site_of(index)
-        if site is None:
+        if site is None or site.stop is None:
             forward.blocks_run += 1
-            return self._learn(index, arguments, original(*args, **kwargs))
-        state = forward.state.sites[number]
+            return chain.learn(index, arguments, original(*args, **kwargs))
+        state, last = forward.state.sites[number], index == site.stop - 1
         if index == site.start:
-            state.inputs = self._inputs(arguments)
-            hidden = state.inputs[0]
-            if self._outputs(index) is not None:
-                forward.decide(number, _Signals(self, forward, hidden))
-        assert site.stop is not None
+            state.inputs = chain.inputs(arguments)
+            if chain.known(index):
+                forward.decide(number, _Signals(self, forward, state.inputs[0]))
         if number in forward.skipping:
-            if index < site.stop - 1:
-                return self._pack(index, self._inputs(arguments))
-            like = arguments.get(HIDDEN)
-            inputs = self._relayout(state.inputs, like)
-            return self._pack(index, add(inputs, state.history.predict(forward.step)))
+            if not last:
+                return chain.pack(index, chain.inputs(arguments))
+            inputs = chain.relayout(state.inputs, arguments.get(HIDDEN))
+            return chain.pack(index, add(inputs, state.history.predict(forward.step)))
         forward.blocks_run += 1
-        output = self._learn(index, arguments, original(*args, **kwargs))
-        if index == site.stop - 1 and self._outputs(index) is not None:
-            outputs = self._unpack(index, output)
-            inputs = self._relayout(state.inputs, outputs[0])
-            signals = _Signals(self, forward, state.inputs[0])
-            change = residual(outputs, inputs)
-            if change[0] is not None:
-                forward.remember(number, signals, Computed(inputs, outputs, change))
+        output = chain.learn(index, arguments, original(*args, **kwargs))
+        if last and chain.known(index):
+            self._remember(forward, number, chain.outputs(index, output))
         return output
+
+    def _remember(self, forward: Forward, number: int, outputs: Streams) -> None:
+        """The last block of site `number` was computed."""
+        state = forward.state.sites[number]
+        inputs = self.chain.relayout(state.inputs, outputs[0])
+        change = residual(outputs, inputs)
+        if change[0] is not None:
+            signals = _Signals(self, forward, state.inputs[0])
+            forward.remember(number, signals, Computed(inputs, outputs, change))
 
     def _site_of(self, index: int) -> tuple[int, Site | None]:
         for number, site in enumerate(self._sites):
             if site.stop is not None and site.start <= index < site.stop:
                 return number, site
         return -1, None
-
-    def _inputs(self, arguments: Arguments) -> Streams:
-        return tuple(arguments.get(name) for name in self._streams)
-
-    def _outputs(self, index: int) -> tuple[str, ...] | None:
-        stack = self._stacks[index]
-        return stack.outputs or self._learned.get(stack.name)
-
-    def _pack(self, index: int, streams: Streams) -> Any:
-        """Streams in the form that block `index` returns."""
-        outputs = self._outputs(index)
-        assert outputs is not None
-        by_name = dict(zip(self._streams, streams, strict=True))
-        values = tuple(by_name[name] for name in outputs)
-        return values[0] if len(values) == 1 else values
-
-    def _unpack(self, index: int, output: Any) -> Streams:
-        """What block `index` returned, as streams."""
-        outputs = self._outputs(index)
-        assert outputs is not None
-        values = (output,) if isinstance(output, torch.Tensor) else output
-        by_name = dict(zip(outputs, values, strict=False))
-        return tuple(by_name.get(name) for name in self._streams)
-
-    def _learn(self, index: int, arguments: Arguments, output: Any) -> Any:
-        """For undescribed stacks: find the order of the returned streams by tensor identity."""
-        stack = self._stacks[index]
-        if stack.outputs is not None or stack.name in self._learned:
-            return output
-        values = (output,) if isinstance(output, torch.Tensor) else tuple(output)
-        previous, self._last_outputs = self._last_outputs, (stack.name, values)
-        if previous is None or previous[0] != stack.name:
-            return output
-        order = tuple(
-            next((name for name in self._streams if arguments.get(name) is value), "")
-            for value in previous[1]
-        )
-        if HIDDEN in order and "" not in order:
-            self._learned[stack.name] = order
-        elif not self._warned:
-            self._warned = True
-            logger.warning(
-                "%s: the blocks of %s do not hand their outputs on unchanged; nothing is cached",
-                type(self.module).__name__,
-                stack.name,
-            )
-        return output
-
-    def _relayout(self, streams: Streams, like: Any) -> Streams:
-        """Streams recorded at a span's first block, in the layout of its last block."""
-        if self.family.relayout is None or streams[0] is None or streams[0].shape == like.shape:
-            return streams
-        return (self.family.relayout(streams[0], like), *streams[1:])
 
 
 class _Signals:
@@ -374,14 +314,14 @@ class _Signals:
 
     @property
     def entry(self) -> Any:
-        return self._denoiser._relayout(self._forward.entry, self.hidden)[0]
+        return self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
 
     @property
     def observed(self) -> Any:
         observer = self._denoiser.family.observer
         if observer is None:
             return self._forward.entry[0]
-        return observer(self._forward.entry_block, self._forward.entry_arguments)
+        return observer(self._denoiser.chain.blocks[0], self._forward.entry_arguments)
 
     def relative_change(self, new: Any, old: Any) -> float:
         return self.mean_change(new, old, old)
@@ -390,16 +330,6 @@ class _Signals:
         parallel = getattr(self._denoiser.module, "_parallel_config", None)
         group = torch.distributed.group.WORLD if parallel is not None else None
         return mean_change(new, old, scale, group)
-
-
-def _parameters(module: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def _streams(stacks: list[Stack]) -> tuple[str, ...]:
-    """All streams of a chain, hidden states first."""
-    named = {name for stack in stacks for name in (stack.outputs or (HIDDEN, ENCODER))}
-    return (HIDDEN, *sorted(named - {HIDDEN}))
 
 
 def _describe(value: Any) -> Any:

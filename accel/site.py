@@ -174,7 +174,6 @@ class Forward:
     verdict: str = "computed"
     entry: Streams = ()
     entry_arguments: Any = None
-    entry_block: Any = None
     skipping: set[int] = field(default_factory=set)
 
     def context(self, site: SiteState) -> StepContext:

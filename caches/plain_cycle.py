@@ -35,7 +35,7 @@ class PlainCycle:
         def policy(_: Branch) -> _Cycle:
             return _Cycle(self)
 
-        if denoiser.blocks:
+        if denoiser.chain.blocks:
             return denoiser.cache(policy, self.reuse, method="PlainCycle")
         return denoiser.cache_model(policy, self.reuse)
 
