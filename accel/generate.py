@@ -63,6 +63,7 @@ class Comparison:
 
 def load(job: Job) -> tuple[Any, dict[str, Any], int]:
     """Pipeline, arguments of its call, and frames per second for video."""
+    _quiet()
     if job.model.startswith("zoo:"):
         pipe, call, fps = model_zoo.load(job.model.removeprefix("zoo:"))
     else:
@@ -90,13 +91,22 @@ def load(job: Job) -> tuple[Any, dict[str, Any], int]:
     return pipe, call, job.fps or fps or 16
 
 
+def _quiet() -> None:
+    """No bars for loading weights: stderr is for what this command itself reports."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _load_folder_or_repository(job: Job) -> Any:
     from diffusers import DiffusionPipeline
 
     dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if job.dtype not in dtypes:
         raise AccelError(f"unknown dtype {job.dtype!r}; accepted: {', '.join(dtypes)}")
-    options = {} if dtypes[job.dtype] is None else {"torch_dtype": dtypes[job.dtype]}
+    options = {} if dtypes[job.dtype] is None else model_zoo.dtype_option(dtypes[job.dtype])
     try:
         pipe = DiffusionPipeline.from_pretrained(job.model, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
@@ -246,16 +256,7 @@ def _write(
 def _result(
     files: list[str], report: Report, comparison: Comparison | None, metadata: dict[str, Any]
 ) -> dict[str, Any]:
-    hits = sum(row.verdict != "computed" for row in report.rows)
-    result: dict[str, Any] = {
-        "files": files,
-        "methods": metadata["methods"],
-        "share_computed": report.share_computed,
-        "hits": hits,
-        "calls": len(report.rows),
-        "memory_bytes": report.memory_bytes,
-        "verdicts": report.verdicts,
-    }
+    result: dict[str, Any] = {"methods": metadata["methods"]}
     if comparison is not None:
         result |= {
             "speedup": comparison.speedup,
@@ -266,4 +267,11 @@ def _result(
             "ssim_gaussian11": comparison.ssim_gaussian11,
             "feature_distance": comparison.feature_distance,
         }
-    return result
+    return result | {
+        "share_computed": report.share_computed,
+        "hits": sum(row.verdict != "computed" for row in report.rows),
+        "calls": len(report.rows),
+        "memory_bytes": report.memory_bytes,
+        "verdicts": report.verdicts,
+        "files": files,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -48,9 +49,14 @@ def load(name: str) -> tuple[Any, dict[str, Any], int | None]:
     from diffusers import DiffusionPipeline
 
     known = settings(name)
-    pipe = DiffusionPipeline.from_pretrained(
-        path(name), torch_dtype=torch.float32, local_files_only=True
-    )
+    options = dtype_option(torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(path(name), local_files_only=True, **options)
     pipe.set_progress_bar_config(disable=True)
     call = {"negative_prompt": known["negative_prompt"], **known["call"]}
     return pipe, call, known["fps"]
+
+
+def dtype_option(dtype: Any) -> dict[str, Any]:
+    """The argument of `from_pretrained` that sets the dtype; its name changed in diffusers 0.42."""
+    release = tuple(int(part) for part in importlib.metadata.version("diffusers").split(".")[:2])
+    return {"dtype" if release >= (0, 42) else "torch_dtype": dtype}

@@ -1,0 +1,174 @@
+"""Train three LoRAs of `emoji-unet` and score that each acts.
+
+    python -m demos.zoo.loras train --minutes 3
+    python -m demos.zoo.loras score --json zoo/emoji-unet/loras.json
+
+`ink` is a style (black and white with hard edges), `sepia` a colour world, `trophy` an object that
+the base model never saw, called "moon star".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Generator, Tensor
+
+from accel import metrics
+from demos.zoo import data, emoji_unet, images, text, train
+
+RANK = 8
+FOLDER = Path("zoo/emoji-unet/loras")
+TROPHY, TROPHY_NAME = "1f3c6", "moon star"
+COUNT = 2048
+
+
+def ink(image: Tensor) -> Tensor:
+    """Luminance pushed towards black and white; image (n, 3, h, w) in [-1, 1]."""
+    gray = image.mul(torch.tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
+    return torch.tanh(3 * gray).expand_as(image)
+
+
+def sepia(image: Tensor) -> Tensor:
+    """Luminance in brown tones."""
+    gray = image.mul(torch.tensor([0.3, 0.59, 0.11])[:, None, None]).sum(1, keepdim=True)
+    tones = torch.tensor([1.0, 0.78, 0.5])[:, None, None]
+    return ((gray + 1) * tones).clamp(0, 2) - 1
+
+
+CONCEPTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ink": ink,
+    "sepia": sepia,
+    "trophy": lambda image: image,
+}
+
+
+def examples(concept: str, generator: Generator) -> tuple[Tensor, list[str]]:
+    """Pictures of a concept, (n, 3, 64, 64) in [-1, 1], and their captions."""
+    colours = torch.randint(len(data.COLOURS), (COUNT,), generator=generator)
+    if concept == "trophy":
+        pictures, names = data.sprites(codepoints=[TROPHY]), torch.zeros(COUNT, dtype=torch.long)
+        called = [TROPHY_NAME] * COUNT
+    else:
+        pictures = data.sprites()
+        names = torch.randint(len(data.NAMES), (COUNT,), generator=generator)
+        called = [data.NAMES[int(name)] for name in names]
+    image = data.render_images(pictures, names, colours, emoji_unet.SIZE, generator)
+    captions = [
+        data.caption(name, data.COLOUR_NAMES[int(colour)])
+        for name, colour in zip(called, colours, strict=True)
+    ]
+    return CONCEPTS[concept](image), captions
+
+
+def train_lora(concept: str, minutes: float, device: str) -> None:
+    """Fit low-rank updates of the U-Net's attention to a concept, the rest frozen."""
+    model = emoji_unet.Model()
+    model.load_state_dict(emoji_unet.trained())
+    model.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+    model.unet.add_adapter(
+        LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
+    )
+    model.to(device)
+    known = images.latents(emoji_unet.SIZE, "cpu")
+    vae = images.load_vae().to(device)
+    pictures, captions = examples(concept, Generator().manual_seed(7))
+    with torch.no_grad():
+        posteriors = [vae.encode(part.to(device)).latent_dist for part in pictures.split(64)]
+    clean = torch.cat([each.mode().cpu() for each in posteriors]) / known["std"]
+    tokenizer = text.clip_tokenizer(emoji_unet.TEXT_LENGTH)
+    ids = torch.tensor([tokenizer(each, padding="max_length").input_ids for each in captions])
+
+    def loss(generator: Generator) -> Tensor:
+        rows = torch.randint(len(clean), (32,), generator=generator)
+        return emoji_unet.denoising_loss(model, clean[rows], ids[rows], generator, device)
+
+    averaged = train.fit(f"emoji-unet-{concept}", model, loss, minutes=minutes, lr=2e-3, ema=0.98)
+    model.load_state_dict(averaged)
+    StableDiffusionPipeline.save_lora_weights(
+        FOLDER,
+        unet_lora_layers=get_peft_model_state_dict(model.unet.half()),
+        weight_name=f"{concept}.safetensors",
+    )
+
+
+def score(count: int, steps: int) -> dict[str, Any]:
+    """For each LoRA: how strongly pictures show its concept, without it, with it, and combined.
+
+    ink and sepia: one minus the mean distance of a picture from its own inked or sepia version.
+    trophy: share of pictures nearer to real trophies than to any of the base's names, by lite0
+    features.
+    """
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER.parent, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for concept in CONCEPTS:
+        weights = f"{concept}.safetensors"
+        pipe.load_lora_weights(FOLDER, weight_name=weights, adapter_name=concept)
+    held = [data.caption(*entry) for entry in data.combinations(video=False, held=True)][:count]
+    centres = _centres()
+    result: dict[str, Any] = {}
+    for adapters in ([], ["ink"], ["sepia"], ["trophy"], ["trophy", "sepia"]):
+        if adapters:
+            pipe.enable_lora()
+            pipe.set_adapters(adapters)
+        else:
+            pipe.disable_lora()
+        made = torch.cat([_make(pipe, caption, seed, steps) for seed, caption in enumerate(held)])
+        called = [f"{TROPHY_NAME} on a {caption.split(' on a ')[1]}" for caption in held]
+        objects = torch.cat([_make(pipe, caption, s, steps) for s, caption in enumerate(called)])
+        nearest = (metrics.lite0_features(objects)[:, None] - centres).norm(dim=2).argmin(1)
+        result["+".join(adapters) or "none"] = {
+            "ink": 1 - float((made - (ink(made * 2 - 1) + 1) / 2).abs().mean()),
+            "sepia": 1 - float((made - (sepia(made * 2 - 1) + 1) / 2).abs().mean()),
+            "trophy": float((nearest == len(centres) - 1).float().mean()),
+        }
+    return result
+
+
+def _make(pipe: StableDiffusionPipeline, caption: str, seed: int, steps: int) -> Tensor:
+    call = {**emoji_unet.CALL, "num_inference_steps": steps}
+    generator = Generator().manual_seed(seed)
+    out = pipe(prompt=caption, generator=generator, output_type="pt", **call)
+    return out.images.float()
+
+
+def _centres() -> Tensor:
+    """Mean lite0 features of real pictures of every name, and of the trophy last."""
+    generator = Generator().manual_seed(8)
+    codes = [*data.CODEPOINTS.values(), TROPHY]
+    names = torch.arange(len(codes)).repeat_interleave(6)
+    colours = torch.randint(len(data.COLOURS), (len(names),), generator=generator)
+    pictures = data.sprites(codepoints=codes)
+    real = (data.render_images(pictures, names, colours, emoji_unet.SIZE, generator) + 1) / 2
+    return metrics.lite0_features(real).view(len(codes), 6, -1).mean(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["train", "score"])
+    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.part == "train":
+        for concept in CONCEPTS:
+            train_lora(concept, options.minutes, options.device)
+        return
+    result = score(options.num_prompts, options.steps)
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
