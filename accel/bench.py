@@ -68,33 +68,14 @@ def settings_of(name: str) -> list[Any]:
             {"threshold": 0.12},
             {"threshold": 0.12, "reuse": newton},
             {"threshold": 0.24, "max_skips": 6},
-            {"threshold": 0.24, "max_skips": 6, "reuse": newton},
         ],
-        "firstblockcache": [
-            {"threshold": 0.05},
-            {"threshold": 0.1},
-            {"threshold": 0.2},
-            {"threshold": 0.2, "reuse": newton},
-            {"threshold": 0.2, "probe_blocks": 3},
-        ],
-        "easycache": [
-            {"threshold": 0.02},
-            {"threshold": 0.05},
-            {"threshold": 0.1},
-            {"threshold": 0.1, "reuse": newton},
-        ],
-        "teacache": [
-            {"threshold": 0.1},
-            {"threshold": 0.2},
-            {"threshold": 0.3},
-            {"threshold": 0.3, "reuse": newton},
-        ],
+        "firstblockcache": [{"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}],
+        "easycache": [{"threshold": 0.02}, {"threshold": 0.05}, {"threshold": 0.1}],
+        "teacache": [{"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.3}],
         "plaincycle": [
             {"interval": 2},
             {"interval": 2, "reuse": newton},
-            {"interval": 3, "reuse": newton},
             {"interval": 3, "reuse": taylor, "warmup": 3},
-            {"interval": 4, "reuse": newton},
         ],
     }
     return [make(**settings) for settings in grid[name]]

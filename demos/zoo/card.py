@@ -1,4 +1,4 @@
-"""Write a zoo model's card from its evaluation: `python -m demos.zoo.card emoji-video FILE.json`."""
+"""Write a zoo model card from its evaluation: `python -m demos.zoo.card emoji-video FILE`."""
 
 from __future__ import annotations
 

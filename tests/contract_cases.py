@@ -1,0 +1,45 @@
+"""What the contract tests share: settings that act, settings that do not, and the pairs to try."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_pipelines import TINY
+
+from accel import registry
+
+RATIOS = tuple(1.0 - 0.001 * step for step in range(50))
+ACTIVE: dict[str, Any] = {
+    "magcache": {"threshold": 0.5, "max_skips": 2, "retention": 0.2, "ratios": RATIOS},
+    "firstblockcache": {"threshold": 1e6, "max_skips": 1},
+    "easycache": {"threshold": 1e6, "warmup": 3},
+    "teacache": {"threshold": 1e6, "polynomial": (1.0, 0.1)},
+    "plaincycle": {"interval": 2},
+}
+IDENTITY: dict[str, Any] = {
+    "magcache": {"threshold": 0, "ratios": (1.0, 1.0)},
+    "firstblockcache": {"threshold": 0},
+    "easycache": {"threshold": 0},
+    "teacache": {"threshold": 0, "polynomial": (1.0, 0.0)},
+    "plaincycle": {"interval": 1},
+}
+METHODS = list(registry.METHODS)
+CHAINLESS = {"sd15", "sdxl"}
+ANYWHERE = {"easycache", "plaincycle"}
+STATIC = {"magcache", "plaincycle"}
+
+pairs = pytest.mark.parametrize(
+    ("name", "tiny"),
+    [
+        pytest.param(method, family, id=f"{method}-{family}")
+        for method in METHODS
+        for family in TINY
+        if family not in CHAINLESS or method in ANYWHERE
+    ],
+    indirect=["tiny"],
+)
+
+
+def make(name: str, settings: dict[str, dict[str, Any]]) -> Any:
+    return registry.method(name)(**settings[name])

@@ -1,0 +1,236 @@
+"""Every cache against an independent replay, and every report against counted block calls.
+
+The replay runs all blocks of every step and overwrites what follows the skipped span (the final
+norm, or the denoiser's output) with input plus old residual, wherever the engine reported a reuse.
+It shares no code with the engine and knows nothing of blocks' outputs, so wrong stream orders,
+mixed branches, wrong steps and stale residuals all show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from contract_cases import ACTIVE, CHAINLESS, make, pairs
+from tiny_pipelines import TINY, built, run
+
+import accel
+
+COMPONENTS = ("transformer", "transformer_2", "unet")
+NORMS = ("norm_final", "norm_out")
+STREAMS = ("hidden_states", "encoder_hidden_states")
+
+
+def denoisers(pipe: Any) -> dict[str, Any]:
+    found = {name: getattr(pipe, name, None) for name in COMPONENTS}
+    return {name: module for name, module in found.items() if module is not None}
+
+
+def blocks_of(module: Any) -> list[Any]:
+    """The blocks in calling order, written down without the engine's families."""
+    if hasattr(module, "temporal_transformer_blocks"):
+        both = zip(module.transformer_blocks, module.temporal_transformer_blocks, strict=True)
+        return [block for pair in both for block in pair]
+    names = ("blocks", "transformer_blocks", "single_transformer_blocks")
+    return [block for name in names for block in getattr(module, name, ())]
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    return args[0] if args else kwargs.get("hidden_states", kwargs.get("sample"))
+
+
+def streams(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    bound = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+    return {name: bound[name] for name in STREAMS if bound.get(name) is not None}
+
+
+def fitted(entry: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """An input in the shape of an output: Latte's other layout, or padded learned variances."""
+    if entry.shape == like.shape:
+        return entry
+    if entry.dim() == 3:
+        by_token = entry.reshape(-1, like.shape[1], entry.shape[1], entry.shape[2])
+        return by_token.transpose(1, 2).reshape(like.shape)
+    padded = torch.zeros_like(like)
+    padded[:, : entry.shape[1]] = entry
+    return padded
+
+
+class Replay:
+    """Forward hooks on an untouched pipeline that repeat the reuses of a report.
+
+    The span begins before block `start` (None: it is the whole denoiser) and ends `tail` blocks
+    before the final norm.
+    """
+
+    def __init__(self, pipe: Any, rows: Any, start: int | None, tail: int, linear: bool) -> None:
+        self.start, self.tail, self.linear = start, tail, linear
+        self.total = 0
+        self.entry: dict[str, torch.Tensor] = {}
+        self.held: dict[tuple[str, int, str], list[tuple[int, torch.Tensor]]] = {}
+        self.reused: dict[tuple[str, int, int], bool] = {}
+        seen: Counter[tuple[str, int]] = Counter()
+        for row in rows:
+            place = (row.denoiser, row.step)
+            self.reused[(*place, seen[place])] = row.verdict != "computed"
+            seen[place] += 1
+        self.per_step = max(seen.values())
+        self.hooks: list[Any] = []
+        for name, module in denoisers(pipe).items():
+            self.watch(name, module)
+
+    def watch(self, name: str, module: Any) -> None:
+        def begin(_: Any, args: Any, kwargs: Any) -> None:
+            step, ordinal = divmod(self.total, self.per_step)
+            self.total += 1
+            self.place = (name, step, ordinal)
+            self.entry = {"hidden_states": first(args, kwargs)}
+
+        def enter(block: Any, args: Any, kwargs: Any) -> None:
+            self.entry = streams(block, args, kwargs)
+
+        def leave_into_block(block: Any, args: Any, kwargs: Any) -> Any:
+            bound = inspect.signature(block.forward).bind(*args, **kwargs)
+            for stream, tensor in streams(block, args, kwargs).items():
+                bound.arguments[stream] = self.value(stream, tensor)
+            return bound.args, bound.kwargs
+
+        def leave_into_norm(_: Any, args: Any) -> Any:
+            return (self.value("hidden_states", args[0]), *args[1:])
+
+        def answer(_: Any, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self.value("hidden_states", output[0]), *output[1:])
+            output.sample = self.value("hidden_states", output.sample)
+            return output
+
+        self.hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+        if self.start is None:
+            self.hooks.append(module.register_forward_hook(answer))
+            return
+        blocks = blocks_of(module)
+        norm = next(getattr(module, found) for found in NORMS if hasattr(module, found))
+        entered = blocks[self.start].register_forward_pre_hook(enter, with_kwargs=True)
+        if self.tail:
+            following = blocks[-self.tail]
+            left = following.register_forward_pre_hook(leave_into_block, with_kwargs=True)
+        else:
+            left = norm.register_forward_pre_hook(leave_into_norm)
+        self.hooks += [entered, left]
+
+    def value(self, stream: str, computed: torch.Tensor) -> torch.Tensor:
+        entry = fitted(self.entry[stream], computed)
+        name, step, ordinal = self.place
+        points = self.held.setdefault((name, ordinal, stream), [])
+        if not self.reused[self.place]:
+            points.append((step, computed - entry))
+            return computed
+        last, residual = points[-1]
+        if self.linear and len(points) > 1:
+            earlier, older = points[-2]
+            residual = residual + (residual - older) * (step - last) / (last - earlier)
+        return entry + residual
+
+
+def replayed(
+    tiny: Any,
+    rows: Any,
+    start: int | None,
+    tail: int = 0,
+    linear: bool = False,
+    **changes: Any,
+) -> torch.Tensor:
+    replay = Replay(tiny.pipe, rows, start, tail, linear)
+    try:
+        return run(tiny, **changes)
+    finally:
+        for hook in replay.hooks:
+            hook.remove()
+
+
+def start_of(name: str, tiny: Any) -> int | None:
+    if name == "easycache" or not blocks_of(next(iter(denoisers(tiny.pipe).values()))):
+        return None
+    return 1 if name == "firstblockcache" else 0
+
+
+def assert_close(result: torch.Tensor, expected: torch.Tensor) -> None:
+    assert float((result - expected).abs().max() / expected.abs().max()) < 2e-5
+
+
+@pairs
+def test_reuse_equals_the_replay(name, tiny) -> None:
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        result = run(tiny)
+        rows = handle.report().rows
+    assert any(row.verdict == "reused" for row in rows)
+    assert_close(result, replayed(tiny, rows, start_of(name, tiny)))
+
+
+@pytest.mark.parametrize("reuse", [accel.Taylor(1), accel.Newton(1)])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        *(("plaincycle", family) for family in ("flux_cfg", "sd3", "wan22", "latte", "sdxl")),
+        *(("firstblockcache", family) for family in ("flux_cfg", "wan22", "hunyuan_video")),
+        ("easycache", "cogvideox"),
+    ],
+)
+def test_extrapolation_equals_the_replay(name, family, reuse) -> None:
+    tiny, _ = built(family)
+    method = dataclasses.replace(make(name, ACTIVE), reuse=reuse)
+    with accel.patched(tiny.pipe, method) as handle:
+        result = run(tiny, num_inference_steps=12)
+        rows = handle.report().rows
+    assert any(row.verdict == "extrapolated" for row in rows)
+    assert_close(
+        result, replayed(tiny, rows, start_of(name, tiny), linear=True, num_inference_steps=12)
+    )
+
+
+def counted(tiny: Any) -> tuple[torch.Tensor, int]:
+    """Latents of a run and how many blocks (or block-less denoisers) really ran."""
+    ran = [0]
+
+    def count(*_: Any) -> None:
+        ran[0] += 1
+
+    modules = denoisers(tiny.pipe).values()
+    watched = [part for module in modules for part in (blocks_of(module) or [module])]
+    if any(hasattr(module, "down_blocks") for module in modules):
+        watched = list(modules)
+    hooks = [part.register_forward_pre_hook(count) for part in watched]
+    result = run(tiny)
+    for hook in hooks:
+        hook.remove()
+    return result, ran[0]
+
+
+@pairs
+def test_the_report_counts_what_really_ran(name, tiny) -> None:
+    _, untouched = counted(tiny)
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        _, ran = counted(tiny)
+        report = handle.report()
+    assert sum(row.blocks for row in report.rows) == untouched
+    assert sum(row.blocks_run for row in report.rows) == ran
+    assert report.share_computed == ran / untouched
+
+
+@pytest.mark.parametrize("tail", [0, 1])
+@pytest.mark.parametrize("probe", [1, 2])
+@pytest.mark.parametrize("family", [name for name in TINY if name not in {*CHAINLESS, "latte"}])
+def test_probe_and_tail_blocks_run_and_get_every_stream(family, probe, tail) -> None:
+    tiny, _ = built(family)
+    method = accel.FirstBlockCache(threshold=1e6, probe_blocks=probe, tail_blocks=tail, max_skips=1)
+    with accel.patched(tiny.pipe, method) as handle:
+        result = run(tiny)
+        rows = handle.report().rows
+    reused = [row for row in rows if row.verdict == "reused"]
+    assert reused
+    assert {row.blocks_run for row in reused} == {probe + tail}
+    assert_close(result, replayed(tiny, rows, probe, tail))

@@ -1,0 +1,69 @@
+"""The committed models: loadable by plain diffusers, accelerated without visible loss, undone."""
+
+import diffusers
+import pytest
+import torch
+
+import accel
+from accel import generate, metrics, model_zoo
+
+STEPS = 24
+
+
+def made(pipe, call, prompt: str) -> torch.Tensor:
+    array, _ = generate.make(pipe, call | {"prompt": prompt, "num_inference_steps": STEPS}, 0)
+    return torch.from_numpy(array).reshape(-1, *array.shape[-3:]).permute(0, 3, 1, 2) / 255
+
+
+def prompt_of(name: str) -> str:
+    return model_zoo.prompts(name, "heldout").read_text().splitlines()[0]
+
+
+def test_there_is_a_video_model() -> None:
+    assert "emoji-video" in model_zoo.names()
+
+
+@pytest.mark.parametrize("name", model_zoo.names())
+def test_loads_with_plain_diffusers_and_has_a_card(name) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(model_zoo.path(name), local_files_only=True)
+    assert type(pipe).__module__.startswith("diffusers.")
+    assert (model_zoo.path(name) / "README.md").read_text().startswith("---\nlicense: apache-2.0")
+    assert (model_zoo.path(name) / "contact_sheet.png").exists()
+    assert (model_zoo.path(name) / "loss.csv").exists()
+
+
+@pytest.mark.parametrize("name", model_zoo.names())
+def test_accelerated_close_to_untouched_and_undone(name) -> None:
+    pipe, call, _ = model_zoo.load(name)
+    prompt = prompt_of(name)
+    untouched = made(pipe, call, prompt)
+    accel.patch(pipe, accel.EasyCache(threshold=0.05, warmup=6))
+    fast = made(pipe, call, prompt)
+    report = accel.stats(pipe)
+    accel.unpatch(pipe)
+    assert report.hit_rate > 0.1
+    assert metrics.psnr(fast, untouched) > 22
+    assert torch.equal(made(pipe, call, prompt), untouched)
+
+
+@pytest.mark.parametrize("name", model_zoo.names())
+def test_the_model_obeys_its_prompt(name) -> None:
+    """Two prompts that differ in the ground's colour give grounds of these colours."""
+    from demos.zoo import evaluate
+
+    pipe, call, _ = model_zoo.load(name)
+    motion = " sliding left" if model_zoo.settings(name)["fps"] else ""
+    found = [
+        evaluate.colour_of(made(pipe, call, f"apple on a {colour} background{motion}"))
+        for colour in ("blue", "red", "green")
+    ]
+    assert sum(a == b for a, b in zip(found, ("blue", "red", "green"), strict=True)) >= 2
+
+
+def test_the_recipe_beside_the_video_model_is_used() -> None:
+    pipe, call, _ = model_zoo.load("emoji-video")
+    with accel.patched(pipe) as patch:
+        (method,) = patch.methods
+        assert type(method) is not accel.EasyCache
+        made(pipe, call, prompt_of("emoji-video"))
+        assert patch.report().hit_rate > 0.3
