@@ -173,29 +173,39 @@ def test_each_branch_holds_its_own_residual() -> None:
     assert not torch.allclose(outputs[0, "cond"], outputs[0, "uncond"])
 
 
-@pytest.mark.parametrize(
-    "tiny", [family for family in TINY if family not in ("dit", "cogvideox")], indirect=True
-)
-@pytest.mark.parametrize("name", sorted(STATIC))
-def test_batch_rows_are_independent_for_static_policies(name, tiny) -> None:
-    family = family_of(tiny)
-    if family in CHAINLESS and name not in ANYWHERE:
-        pytest.skip(f"{name} does not apply to {family}")
-    prompts = {"prompt": ["a cat", "zebra"]}
+def row_distance(tiny: Any) -> float:
+    """How far row 0 of a batch of two lies from the same run alone; rounding gives about 1e-5."""
+    rows: dict[str, list[Any]] = {"prompt": ["a cat", "zebra"]}
     if "negative_prompt" in tiny.call:
-        prompts["negative_prompt"] = ["dog", "horse"]
-    alone = {key: value[0] for key, value in prompts.items()}
+        rows["negative_prompt"] = ["dog", "horse"]
+    if "class_labels" in tiny.call:
+        rows = {"class_labels": [5, 7]}
+    alone = {key: value[:1] for key, value in rows.items()}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    both = run(tiny, **rows, generator=generators)
+    single = run(tiny, **alone, generator=[torch.Generator().manual_seed(0)])
+    return float((both[:1] - single).abs().max() / single.abs().max())
 
-    def distance() -> float:
-        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-        both = run(tiny, **prompts, generator=generators)
-        single = run(tiny, **alone, generator=[torch.Generator().manual_seed(0)])
-        return float((both[:1] - single).abs().max() / single.abs().max())
 
-    if distance() > 2e-5:
-        pytest.skip(f"the untouched {family} pipeline mixes its batch rows")
-    with accel.patched(tiny.pipe, make(name, ACTIVE)):
-        assert distance() < 2e-5
+@pytest.mark.parametrize(
+    ("name", "tiny"),
+    [
+        pytest.param(name, family, id=f"{name}-{family}")
+        for name in sorted(STATIC)
+        for family in TINY
+        if family != "latte" and (family not in CHAINLESS or name in ANYWHERE)
+    ],
+    indirect=["tiny"],
+)
+def test_batch_rows_are_independent_for_static_policies(name, tiny) -> None:
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        assert row_distance(tiny) < 1e-4
+        assert handle.report().hit_rate > 0
+
+
+def test_latte_mixes_its_batch_rows_by_itself() -> None:
+    """Why the test above leaves Latte out; once diffusers changes this, put it back in."""
+    assert row_distance(built("latte")[0]) > 1e-2
 
 
 @pytest.mark.parametrize("name", METHODS)
