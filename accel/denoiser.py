@@ -71,7 +71,8 @@ class Denoiser:
         self._calls: dict[str | None, int] = {}
         self._call_step: tuple[int, int | None] = (-1, None)
         self._forward: Forward | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._undo: Callable[[], None] | None = None
+        self._block_undo: list[Callable[[], None]] = []
 
     # --- attaching -----------------------------------------------------------------------------
 
@@ -112,28 +113,39 @@ class Denoiser:
         return self._add(Site(0, None, policy, reuse))
 
     def _add(self, site: Site) -> Handle:
-        if not self._undo:
-            self._hook()
         self._sites.append(site)
+        try:
+            self._hook()
+        except BaseException:
+            self._drop(site)
+            raise
+        return Handle(partial(self._drop, site))
 
-        def undo() -> None:
-            self._sites.remove(site)
-            self.forget()
-            if not self._sites:
-                self._unhook()
+    def _drop(self, site: Site) -> None:
+        self._sites.remove(site)
+        self.forget()
+        if not self.skips_blocks:
+            while self._block_undo:
+                self._block_undo.pop()()
+        if not self._sites and self._undo is not None:
+            self._undo()
+            self._undo = None
 
-        return Handle(undo)
+    @property
+    def skips_blocks(self) -> bool:
+        """Whether any site is a range of blocks."""
+        return any(site.stop is not None for site in self._sites)
 
     def _hook(self) -> None:
-        changed = {name: self._adapters_changed for name in _ADAPTER_METHODS}
-        overrides = {"__call__": self._call, "cache_context": self._cache_context, **changed}
-        self._undo.append(override(self.module, overrides))
-        for index, block in enumerate(self.chain.blocks):
-            self._undo.append(override(block, {"__call__": partial(self._block, index)}))
-
-    def _unhook(self) -> None:
-        while self._undo:
-            self._undo.pop()()
+        """Override what the sites need: the denoiser, and its blocks when a site is a range."""
+        if self._undo is None:
+            changed = {name: self._adapters_changed for name in _ADAPTER_METHODS}
+            calls = {"__call__": self._call, "cache_context": self._cache_context}
+            self._undo = override(self.module, {**calls, **changed})
+        if self.skips_blocks and not self._block_undo:
+            for index, block in enumerate(self.chain.blocks):
+                undo = override(block, {"__call__": partial(self._block, index)})
+                self._block_undo.append(undo)
 
     # --- run state -----------------------------------------------------------------------------
 
@@ -236,8 +248,8 @@ class Denoiser:
 
     def _run(self, forward: Forward, run: Callable[[], Any]) -> Any:
         output = run()
-        if not self.chain.blocks:
-            forward.blocks_run = 1
+        if not self.skips_blocks:
+            forward.blocks = forward.blocks_run = max(len(self.chain.blocks), 1)
         return output
 
     def _record(self, forward: Forward, seconds: float) -> None:
@@ -256,7 +268,7 @@ class Denoiser:
                 verdict=forward.verdict,
                 seconds=seconds,
                 blocks_run=forward.blocks_run,
-                blocks=max(len(self.chain.blocks), 1),
+                blocks=forward.blocks or max(len(self.chain.blocks), 1),
             )
         )
 
@@ -266,6 +278,7 @@ class Denoiser:
         forward, chain = self._forward, self.chain
         if forward is None:
             return original(*args, **kwargs)
+        forward.blocks += 1
         arguments = chain.arguments(index, args, kwargs)
         if index == 0:
             forward.entry, forward.entry_arguments = chain.inputs(arguments), arguments
@@ -275,27 +288,27 @@ class Denoiser:
             return chain.learn(index, arguments, original(*args, **kwargs))
         state, last = forward.state.sites[number], index == site.stop - 1
         if index == site.start:
-            state.inputs = chain.inputs(arguments)
-            if chain.known(index):
-                forward.decide(number, _Signals(self, forward, state.inputs[0]))
+            forward.inputs[number] = chain.inputs(arguments)
+            if chain.known(index) and forward.entry:
+                forward.decide(number, _Signals(self, forward, forward.inputs[number][0]))
         if number in forward.skipping:
             if not last:
                 return chain.pack(index, chain.inputs(arguments))
-            inputs = chain.relayout(state.inputs, arguments.get(HIDDEN))
+            inputs = chain.relayout(forward.inputs[number], arguments.get(HIDDEN))
             return chain.pack(index, add(inputs, state.history.predict(forward.step)))
         forward.blocks_run += 1
         output = chain.learn(index, arguments, original(*args, **kwargs))
-        if last and chain.known(index):
+        if last and chain.known(index) and number in forward.inputs and forward.entry:
             self._remember(forward, number, chain.outputs(index, output))
         return output
 
     def _remember(self, forward: Forward, number: int, outputs: Streams) -> None:
-        """The last block of site `number` was computed."""
-        state = forward.state.sites[number]
-        inputs = self.chain.relayout(state.inputs, outputs[0])
+        """The last block of site `number` was computed, and so was its first."""
+        entered = forward.inputs[number]
+        inputs = self.chain.relayout(entered, outputs[0])
         change = residual(outputs, inputs)
         if change[0] is not None:
-            signals = _Signals(self, forward, state.inputs[0])
+            signals = _Signals(self, forward, entered[0])
             forward.remember(number, signals, Computed(inputs, outputs, change))
 
     def _site_of(self, index: int) -> tuple[int, Site | None]:

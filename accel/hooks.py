@@ -14,6 +14,9 @@ from typing import Any
 from accel.method import AccelError
 
 _STATE = "_accel_overrides"
+PATCH = "_accel_patch"
+PRIVATE = (_STATE, PATCH)
+"""Everything this package puts into an object's `__dict__`; copies and pickles leave it out."""
 _subclasses: dict[tuple[type, tuple[str, ...]], type] = {}
 
 Override = Callable[..., Any]
@@ -77,7 +80,7 @@ def _reduce_as(base: type) -> Callable[[Any, Any], Any]:
         constructor, arguments, *rest = reduced
         arguments = tuple(base if item is type(self) else item for item in arguments)
         if rest and isinstance(rest[0], dict):
-            rest[0] = {key: value for key, value in rest[0].items() if key != _STATE}
+            rest[0] = {key: value for key, value in rest[0].items() if key not in PRIVATE}
         return (constructor, arguments, *rest)
 
     return reduce
@@ -88,6 +91,7 @@ def _share_block_metadata(base: type, subclass: type) -> None:
     try:
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
+        TransformerBlockRegistry._register()
         known = TransformerBlockRegistry._registry
     except (ImportError, AttributeError):
         return

@@ -12,14 +12,13 @@ from typing import Any
 from accel import registry
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
-from accel.hooks import call_length, foreign_cache, override
+from accel.hooks import PATCH, call_length, foreign_cache, is_compiled_whole, override
 from accel.method import AccelError, Handle, Method
 from accel.recipe import Recipe, beside
 from accel.report import Report
 
 logger = logging.getLogger(__name__)
 
-_PATCH = "_accel_patch"
 _DENOISERS = ("transformer", "transformer_2", "unet")
 
 
@@ -33,6 +32,7 @@ class Patch:
         self._undo: list[Callable[[], None]] = []
         self._handles: list[tuple[Method, list[Handle]]] = []
         self._scheduler: Any = None
+        self._running = False
         self._denoisers = _denoisers(pipe, self._clock)
         self.attach(methods)
 
@@ -68,8 +68,8 @@ class Patch:
         while self._undo:
             self._undo.pop()()
         self._release_scheduler()
-        if self._pipe.__dict__.get(_PATCH) is self:
-            del self._pipe.__dict__[_PATCH]
+        if self._pipe.__dict__.get(PATCH) is self:
+            del self._pipe.__dict__[PATCH]
 
     def __enter__(self) -> Patch:
         return self
@@ -97,7 +97,7 @@ class Patch:
         for denoiser in self._denoisers:
             denoiser.first_call = self._first_call
             self._clock.listeners.append(denoiser.begin)
-        self._pipe.__dict__[_PATCH] = self
+        self._pipe.__dict__[PATCH] = self
         self._undo.append(override(self._pipe, {"__call__": self._run}))
         self._hold_scheduler()
 
@@ -119,17 +119,38 @@ class Patch:
 
     def _run(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self._lock:
+            self._hold_denoisers()
             self._hold_scheduler()
+            self._running = True
             try:
                 return original(*args, **kwargs)
             finally:
+                self._running = False
                 self._clock.end()
                 for denoiser in self._denoisers:
                     denoiser.forget()
 
+    def _hold_denoisers(self) -> None:
+        """Follow the pipeline's denoisers of now; users exchange and compile them between runs."""
+        components = self._pipe.components
+        if any(components.get(each.name) is not each.module for each in self._denoisers):
+            methods = self.methods
+            logger.info("a denoiser was exchanged after patching; attaching again")
+            self.remove()
+            self._denoisers = _denoisers(self._pipe, self._clock)
+            self.attach(methods)
+        for each in self._denoisers:
+            if each.skips_blocks and is_compiled_whole(each.module):
+                logger.warning(
+                    "%s was compiled as a whole after patching, which breaks its graph at every "
+                    "block; compile_repeated_blocks() does not",
+                    each.name,
+                )
+
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        self._clock.begin(len(self._scheduler.timesteps))
+        if self._running:
+            self._clock.begin(len(self._scheduler.timesteps))
         return result
 
     def _first_call(self) -> None:
@@ -155,7 +176,7 @@ def patch(
         raise AccelError("accel.patch: give methods or a recipe, not both")
     chosen = methods or _from_recipe(pipe, recipe)
     _check_methods(chosen)
-    previous = pipe.__dict__.get(_PATCH) if hasattr(pipe, "__dict__") else None
+    previous = pipe.__dict__.get(PATCH) if hasattr(pipe, "__dict__") else None
     _refuse_foreign_caches(pipe)
     before = previous.methods if previous is not None else ()
     if previous is not None:
@@ -170,7 +191,7 @@ def patch(
 
 def unpatch(pipe: Any) -> None:
     """Give the pipeline back as it was; does nothing when it is not patched."""
-    existing = getattr(pipe, "__dict__", {}).get(_PATCH)
+    existing = getattr(pipe, "__dict__", {}).get(PATCH)
     if existing is not None:
         existing.remove()
 
@@ -189,7 +210,7 @@ def patched(
 
 def stats(pipe: Any) -> Report:
     """What the last run of a patched pipeline computed and reused."""
-    existing = getattr(pipe, "__dict__", {}).get(_PATCH)
+    existing = getattr(pipe, "__dict__", {}).get(PATCH)
     if existing is None:
         raise AccelError(f"this {type(pipe).__name__} is not patched; call accel.patch(pipe) first")
     return existing.report()  # type: ignore[no-any-return]

@@ -146,7 +146,6 @@ class SiteState:
     policy: Policy
     history: History
     skipped: int = 0
-    inputs: Streams = ()
     dress: Callable[[Any], Any] = lambda prediction: prediction
     """Gives a whole denoiser's prediction the form that the denoiser returns."""
 
@@ -170,8 +169,11 @@ class Forward:
     total: int
     place: int
     schedule: int
+    blocks: int = 0
     blocks_run: int = 0
     verdict: str = "computed"
+    inputs: dict[int, Streams] = field(default_factory=dict)
+    """Streams that entered each site, by the site's number."""
     entry: Streams = ()
     entry_arguments: Any = None
     skipping: set[int] = field(default_factory=set)

@@ -39,13 +39,14 @@ class EasyCache:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the whole denoiser."""
-        leader: list[_Accumulate] = []
+        leaders: list[_Accumulate] = []
 
         def policy(branch: Branch) -> _Accumulate | _Follow:
-            if branch.ordinal == 0 or not leader:
-                leader[:] = [_Accumulate(self)]
-                return leader[0]
-            return _Follow(leader[0])
+            if branch.ordinal == 0 or not leaders:
+                leaders.append(_Accumulate(self))
+                del leaders[:-1]
+                return leaders[0]
+            return _Follow(leaders)
 
         return denoiser.cache_model(policy, self.reuse)
 
@@ -90,11 +91,11 @@ class _Accumulate:
 class _Follow:
     """A later guidance branch: skips exactly when the first branch of the step did."""
 
-    def __init__(self, leader: _Accumulate) -> None:
-        self.leader = leader
+    def __init__(self, leaders: list[_Accumulate]) -> None:
+        self.leaders = leaders  # the last one leads: it is made anew when its branch is dropped
 
     def skip(self, context: StepContext, signals: Signals) -> bool:
-        return self.leader.skipped
+        return self.leaders[-1].skipped
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
         pass

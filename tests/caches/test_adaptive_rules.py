@@ -94,7 +94,7 @@ def test_easy_cache_takes_its_rate_from_consecutive_computed_steps() -> None:
 
 def test_easy_cache_lets_the_first_branch_decide() -> None:
     leader = easy(threshold=1e9, warmup=1)
-    follower = easy_cache._Follow(leader)
+    follower = easy_cache._Follow([leader])
     script = [signals(float(step)) for step in range(5)]
     for step, given in enumerate(script):
         context = StepContext(step, 5, step, 5, COND, 0)

@@ -1,0 +1,143 @@
+"""Denoiser calls that are not the plain cond/uncond pair: extra passes, cut-off, ControlNet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from contract_cases import ACTIVE, IDENTITY, METHODS, make
+from diffusers.callbacks import SDCFGCutoffCallback
+from tiny_pipelines import TINY, Tiny, built, run
+
+import accel
+
+
+def skip_layers(*layers: int) -> dict[str, Any]:
+    """Skip-layer guidance: from the second step on, a third pass without some blocks."""
+    return {
+        "skip_guidance_layers": list(layers),
+        "skip_layer_guidance_start": 0.0,
+        "skip_layer_guidance_stop": 1.0,
+    }
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("name", METHODS)
+def test_skip_layer_guidance_with_identity_settings_is_bit_exact(name, layer) -> None:
+    tiny, baseline = built("sd3")
+    guided = run(tiny, **skip_layers(layer))
+    assert not torch.equal(guided, baseline)
+    with accel.patched(tiny.pipe, make(name, IDENTITY)) as handle:
+        assert torch.equal(run(tiny, **skip_layers(layer)), guided)
+        assert handle.report().hit_rate == 0
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("name", METHODS)
+def test_skip_layer_guidance_keeps_its_own_branch(name, layer) -> None:
+    """Reuse must stay as near to the untouched run as without that guidance."""
+    tiny, plain = built("sd3")
+    guided = run(tiny, **skip_layers(layer))
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        near = (run(tiny) - plain).abs().max()
+        result = run(tiny, **skip_layers(layer))
+        again = run(tiny, **skip_layers(layer))
+        rows = handle.report().rows
+    assert {row.branch for row in rows} == {"batched", "call1"}
+    assert any(row.verdict == "reused" for row in rows if row.branch == "batched")
+    assert torch.equal(result, again)
+    assert (result - guided).abs().max() < 10 * near
+
+
+def test_guidance_cut_off_in_a_run_starts_the_cache_anew() -> None:
+    tiny, _ = built("sd15")
+
+    def cut() -> dict[str, Any]:
+        callback = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=4)
+        inputs = ["latents", "prompt_embeds"]
+        return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": inputs}
+
+    plain = run(tiny, **cut())
+    with accel.patched(tiny.pipe, make("plaincycle", IDENTITY)):
+        assert torch.equal(run(tiny, **cut()), plain)
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=100)) as handle:
+        run(tiny, **cut())
+        assert handle.report().verdicts == {"unet/batched": "CRRRRCRR"}
+
+
+def other_prompt_after(last: int) -> dict[str, Any]:
+    """Change only the prompt of the cond branch after step `last`."""
+
+    def change(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if step == last:
+            kwargs["prompt_embeds"] = kwargs["prompt_embeds"] * 0.5
+        return kwargs
+
+    inputs = ["latents", "prompt_embeds"]
+    return {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": inputs}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prompt_changed_in_one_branch_leaves_no_branch_behind(name) -> None:
+    tiny, _ = built("wan21")
+    plain = run(tiny, **other_prompt_after(4))
+    with accel.patched(tiny.pipe, make(name, IDENTITY)):
+        assert torch.equal(run(tiny, **other_prompt_after(4)), plain)
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        run(tiny, **other_prompt_after(4))
+        verdicts = handle.report().verdicts
+    assert verdicts["transformer/cond"][5] == "C", "the residual of the old prompt was reused"
+    if name in ("easycache", "teacache"):
+        assert {letters[-1] for letters in verdicts.values()} == {"C"}, "last steps are computed"
+
+
+def test_easycache_branches_decide_together_after_a_prompt_change() -> None:
+    tiny, _ = built("wan21")
+    with accel.patched(tiny.pipe, make("easycache", ACTIVE)) as handle:
+        run(tiny, num_inference_steps=12, **other_prompt_after(4))
+        verdicts = handle.report().verdicts
+    assert verdicts["transformer/cond"] == "CCCRRCCRRRRC"
+    assert verdicts["transformer/uncond"][5:] == verdicts["transformer/cond"][5:]
+
+
+def controlled() -> Tiny:
+    """A Flux pipeline whose ControlNet adds residuals between the blocks."""
+    tiny = TINY["flux"]()
+    controlnet = diffusers.FluxControlNetModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    ).eval()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    parts = dict(tiny.pipe.components)
+    for unused in ("image_encoder", "feature_extractor"):
+        parts.pop(unused)
+    pipe = diffusers.FluxControlNetPipeline(controlnet=controlnet, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return Tiny(pipe, tiny.call | {"control_image": image, "controlnet_conditioning_scale": 1.0})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_controlnet_residuals_between_blocks(name) -> None:
+    tiny = controlled()
+    plain = run(tiny)
+    assert (plain - built("flux")[1]).abs().max() > 1
+    with accel.patched(tiny.pipe, make(name, IDENTITY)):
+        assert torch.equal(run(tiny), plain)
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        result = run(tiny)
+        assert handle.report().hit_rate > 0
+    assert (result - plain).abs().max() < 1, "a residual was added twice or lost"
