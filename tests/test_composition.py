@@ -18,7 +18,7 @@ def fresh(family: str) -> Tiny:
     return TINY[family]()
 
 
-def add_lora(pipe, scale: float = 1.0) -> None:
+def add_lora(pipe) -> None:
     torch.manual_seed(3)
     pipe.transformer.add_adapter(
         LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
@@ -41,18 +41,47 @@ def test_lora_before_and_after_patching_agree(family) -> None:
     assert torch.equal(run(after), built(family)[1])
 
 
-def test_changing_adapters_in_a_run_drops_the_cache() -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.transformer.disable_adapters(),
+        lambda pipe: pipe.transformer.set_adapters(["default"], [0.3]),
+        lambda pipe: pipe.set_adapters(["default"], [0.3]),
+        lambda pipe: pipe.disable_lora(),
+        lambda pipe: pipe.fuse_lora(components=["transformer"]),
+        lambda pipe: pipe.unload_lora_weights(),
+    ],
+    ids=["disable_adapters", "scale", "scale of pipe", "disable_lora", "fuse", "unload"],
+)
+def test_changing_adapters_in_a_run_drops_the_cache(change) -> None:
     tiny = fresh("wan21")
     add_lora(tiny.pipe)
     accel.patch(tiny.pipe, accel.PlainCycle(interval=100))
 
-    def switch_off(pipe, step, timestep, kwargs):
+    def at_step_three(pipe, step, timestep, kwargs):
         if step == 3:
-            pipe.transformer.disable_adapters()
+            change(pipe)
         return kwargs
 
-    run(tiny, callback_on_step_end=switch_off)
-    assert accel.stats(tiny.pipe).verdicts["transformer/cond"] == "CRRRCRRR"
+    run(tiny, callback_on_step_end=at_step_three)
+    assert accel.stats(tiny.pipe).verdicts == {
+        "transformer/cond": "CRRRCRRR",
+        "transformer/uncond": "CRRRCRRR",
+    }
+
+
+def test_adapter_scale_changed_between_runs() -> None:
+    weak, changed = fresh("wan21"), fresh("wan21")
+    for tiny in (weak, changed):
+        add_lora(tiny.pipe)
+    weak.pipe.transformer.set_adapters(["default"], [0.3])
+    accel.patch(weak.pipe, CYCLE)
+    accel.patch(changed.pipe, CYCLE)
+    full = run(changed)
+    changed.pipe.transformer.set_adapters(["default"], [0.3])
+    result = run(changed)
+    assert torch.equal(result, run(weak))
+    assert not torch.equal(result, full)
 
 
 def test_changing_the_prompt_in_a_run_drops_the_cache() -> None:
@@ -73,7 +102,7 @@ def test_changing_the_prompt_in_a_run_drops_the_cache() -> None:
 
 
 @pytest.mark.parametrize("order", ["offload first", "patch first"])
-@pytest.mark.parametrize("kind", ["model", "group"])
+@pytest.mark.parametrize("kind", ["model", "block_level", "leaf_level"])
 def test_offloading_keeps_the_result(kind, order) -> None:
     expected = fresh("flux")
     with accel.patched(expected.pipe, CYCLE):
@@ -87,7 +116,7 @@ def test_offloading_keeps_the_result(kind, order) -> None:
             tiny.pipe.transformer.enable_group_offload(
                 onload_device=torch.device("cpu"),
                 offload_device=torch.device("cpu"),
-                offload_type="block_level",
+                offload_type=kind,
                 num_blocks_per_group=1,
             )
 
