@@ -253,13 +253,14 @@ class Denoiser:
         return output
 
     def _record(self, forward: Forward, seconds: float) -> None:
-        held = sum(
-            tensor.numel() * tensor.element_size()
+        held = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for state in self._branches.values()
             for site in state.sites
-            for tensor in site.history.tensors()
-        )
-        self.memory_bytes = max(self.memory_bytes, held)
+            for tensor in (*site.history.tensors(), *vars(site.policy).values())
+            if isinstance(tensor, torch.Tensor)
+        }
+        self.memory_bytes = max(self.memory_bytes, sum(held.values()))
         self.rows.append(
             StepRow(
                 denoiser=self.name,

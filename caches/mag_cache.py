@@ -63,17 +63,17 @@ class MagCache:
 
         def policy(branch: Branch) -> _RatioChain | _Measurement:
             if not tables and any(
-                known.run == denoiser.clock.completed for known in measured.values()
+                known.run == denoiser.clock.completed and known.ratios
+                for known in measured.values()
             ):
-                tables.update({name: known.table() for name, known in measured.items()})
+                tables.update(_measured_tables(measured))
             if not tables:
                 measured[branch.name] = _Measurement(denoiser.clock.run)
                 return measured[branch.name]
             return _RatioChain(self, tables.get(branch.name) or next(iter(tables.values())))
 
         def settled() -> MagCache:
-            known = tables or {name: each.table() for name, each in measured.items()}
-            return replace(self, ratios=known or None)
+            return replace(self, ratios=tables or _measured_tables(measured) or None)
 
         if not tables:
             logger.info("MagCache: no ratios known; the first run is computed in full and measured")
@@ -123,8 +123,15 @@ class _Measurement:
         self.norms, self.schedule = norms, context.schedule
 
     def table(self) -> tuple[float, ...]:
-        """One ratio for each step of the schedule; 1 where this denoiser had no step before."""
-        return tuple(self.ratios.get(place, 1.0) for place in range(max(self.schedule, 2)))
+        """One ratio for each step of the schedule; the nearest one where none was measured."""
+        known = list(self.ratios)
+        nearest = (min(known, key=lambda k: abs(k - place)) for place in range(self.schedule))
+        return tuple(self.ratios[place] for place in nearest)
+
+
+def _measured_tables(measured: Mapping[str, _Measurement]) -> dict[str, tuple[float, ...]]:
+    """The tables of all branches that made two steps or more; one step has no ratio."""
+    return {name: each.table() for name, each in measured.items() if each.ratios}
 
 
 def _tables(

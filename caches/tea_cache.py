@@ -62,7 +62,7 @@ class TeaCache:
 
         def policy(branch: Branch) -> _Accumulate | _Measurement:
             if not known and any(
-                each.run == denoiser.clock.completed for each in measured.values()
+                each.run == denoiser.clock.completed and each.pairs for each in measured.values()
             ):
                 known.append(_fit(self, measured))
             if not known:
@@ -71,7 +71,9 @@ class TeaCache:
             return _Accumulate(known[0])
 
         def settled() -> TeaCache:
-            return known[0] if known else _fit(self, measured) if measured else self
+            if known:
+                return known[0]
+            return _fit(self, measured) if any(each.pairs for each in measured.values()) else self
 
         if not known:
             logger.info("TeaCache: no polynomial known; the first run is computed and measured")
@@ -126,8 +128,6 @@ class _Measurement:
 
 def _fit(settings: TeaCache, measured: dict[str, _Measurement]) -> TeaCache:
     pairs = [pair for each in measured.values() for pair in each.pairs]
-    if not pairs:
-        raise AccelError("TeaCache: a measuring run needs at least two steps")
     changes, outputs = np.array(pairs).T
     degree = min(DEGREE, len(np.unique(changes)) - 1)
     coefficients = np.polyfit(changes, outputs, degree)

@@ -252,3 +252,16 @@ def test_interrupted_measuring_run_does_not_count(kind, baseline) -> None:
         interrupted_run(tiny)
         assert torch.equal(run(tiny), baseline("wan21"))
         assert handle.report().hit_rate == 0
+
+
+@pytest.mark.parametrize("family", ["wan21", "wan22", "sd3"])
+@pytest.mark.parametrize("kind", [accel.MagCache, accel.TeaCache])
+def test_a_run_too_short_to_measure_does_not_count(kind, family, baseline) -> None:
+    """A one-step warm-up run has no ratio and no change to measure."""
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, kind(threshold=0.5)) as handle:
+        run(tiny, num_inference_steps=1)
+        assert handle.methods == (kind(threshold=0.5),)
+        assert torch.equal(run(tiny), baseline(family))
+        run(tiny)
+        assert handle.report().hit_rate > 0
