@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import subprocess
 import sys
 import weakref
@@ -185,7 +186,13 @@ def test_diffusers_own_cache_attaches_to_patched_blocks() -> None:
     """In a process of its own: diffusers fills its table of block classes on first use."""
     done = subprocess.run(
         [sys.executable, "-c", FOREIGN_CACHE_AFTER_PATCHING],
-        env={"PYTHONPATH": str(Path(__file__).parent), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        timeout=200,
         capture_output=True,
         text=True,
         check=False,

@@ -48,16 +48,14 @@ def test_accelerated_close_to_untouched_and_undone(name) -> None:
 
 @pytest.mark.parametrize("name", model_zoo.names())
 def test_the_model_obeys_its_prompt(name) -> None:
-    """Two prompts that differ in the ground's colour give grounds of these colours."""
-    from demos.zoo import evaluate
+    """On captions never seen in training at least half the grounds are right; chance is 1 in 8."""
+    from demos.zoo import data, evaluate
 
     pipe, call, _ = model_zoo.load(name)
-    motion = " sliding left" if model_zoo.settings(name)["fps"] else ""
-    found = [
-        evaluate.colour_of(made(pipe, call, f"apple on a {colour} background{motion}"))
-        for colour in ("blue", "red", "green")
-    ]
-    assert sum(a == b for a, b in zip(found, ("blue", "red", "green"), strict=True)) >= 2
+    captions = model_zoo.prompts(name, "heldout").read_text().splitlines()[:6]
+    wanted = [data.parse(caption)[1] for caption in captions]
+    found = [evaluate.colour_of(made(pipe, call, caption)) for caption in captions]
+    assert sum(a == b for a, b in zip(found, wanted, strict=True)) >= 3, (found, wanted)
 
 
 def test_the_recipe_beside_the_video_model_is_used() -> None:
