@@ -50,6 +50,16 @@ def generate(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     device: Annotated[str, typer.Option()] = "auto",
+    variant: Annotated[str | None, typer.Option(help="of the weights, e.g. fp16")] = None,
+    revision: Annotated[str | None, typer.Option(help="of the repository")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="file, folder, repository or JSON; repeatable")
+    ] = None,
+    cpu_offload: Annotated[str | None, typer.Option(help="model or group")] = None,
+    attention_backend: Annotated[str | None, typer.Option(help="of diffusers")] = None,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling")] = False,
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="by region")] = False,
+    video_format: Annotated[str, typer.Option(help="mp4, gif or png")] = "mp4",
     pipeline_kwargs: Annotated[str, typer.Option(help="more arguments of the call, JSON")] = "{}",
     method: Annotated[list[str] | None, typer.Option(help="a method by name, repeatable")] = None,
     settings: Annotated[
@@ -62,6 +72,7 @@ def generate(
 ) -> None:
     """Make one picture or video, faster."""
     from accel import generate as maker
+    from accel.loading import Loading
 
     job = maker.Job(
         model=model,
@@ -74,8 +85,18 @@ def generate(
         width=width,
         num_frames=num_frames,
         fps=fps,
-        dtype=dtype,
-        device=device,
+        video_format=video_format,
+        loading=Loading(
+            dtype=dtype,
+            device=device,
+            variant=variant,
+            revision=revision,
+            lora=tuple(lora or []),
+            cpu_offload=cpu_offload,
+            attention_backend=attention_backend,
+            vae_tiling=vae_tiling,
+            compile=compile_blocks,
+        ),
         extra=_object(pipeline_kwargs, "--pipeline-kwargs"),
     )
     chosen = maker.methods(method or [], _pairs(settings or []), recipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import inspect
 import logging
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 
 import accel
-from accel import media, metrics, model_zoo, registry
+from accel import loading, media, metrics, registry
+from accel.loading import Loading
 from accel.method import AccelError
 from accel.recipe import Recipe
 
@@ -43,9 +45,9 @@ class Job:
     width: int | None = None
     num_frames: int | None = None
     fps: int | None = None
-    dtype: str = "auto"
-    device: str = "auto"
+    video_format: str = "mp4"
     extra: dict[str, Any] = field(default_factory=dict)
+    loading: Loading = field(default_factory=Loading)
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,7 @@ class Comparison:
 
 def load(job: Job) -> tuple[Any, dict[str, Any], int]:
     """Pipeline, arguments of its call, and frames per second for video."""
-    _quiet()
-    if job.model.startswith("zoo:"):
-        pipe, call, fps = model_zoo.load(job.model.removeprefix("zoo:"))
-    else:
-        pipe, call, fps = _load_folder_or_repository(job), {}, None
-    device = job.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device)
+    pipe, call, fps = loading.load(job.model, job.loading)
     chosen = {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
@@ -89,35 +83,6 @@ def load(job: Job) -> tuple[Any, dict[str, Any], int]:
     if unknown:
         raise AccelError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
     return pipe, call, job.fps or fps or 16
-
-
-def _quiet() -> None:
-    """No bars for loading weights: stderr is for what this command itself reports."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _load_folder_or_repository(job: Job) -> Any:
-    from diffusers import DiffusionPipeline
-
-    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if job.dtype not in dtypes:
-        raise AccelError(f"unknown dtype {job.dtype!r}; accepted: {', '.join(dtypes)}")
-    options = {} if dtypes[job.dtype] is None else model_zoo.dtype_option(dtypes[job.dtype])
-    try:
-        pipe = DiffusionPipeline.from_pretrained(job.model, use_safetensors=True, **options)
-    except (OSError, ValueError) as error:
-        zoo = ", ".join(f"zoo:{name}" for name in model_zoo.names())
-        reason = str(error).splitlines()[0]
-        raise AccelError(
-            f"model {job.model!r} cannot be loaded ({reason}); accepted: {zoo}, a folder or a "
-            "repository name"
-        ) from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def methods(names: list[str], settings: dict[str, Any], recipe: Path | None) -> tuple[Any, ...]:
@@ -182,6 +147,9 @@ def generate(
     job: Job, chosen: tuple[Any, ...], output: Path, against_untouched: bool
 ) -> dict[str, Any]:
     """Do a job and write its files; returns what the command line prints."""
+    if job.video_format not in media.VIDEO_FORMATS:
+        accepted = ", ".join(media.VIDEO_FORMATS)
+        raise AccelError(f"unknown video format {job.video_format!r}; accepted: {accepted}")
     pipe, call, fps = load(job)
     settled, recipe = settle(pipe, chosen, lambda: make(pipe, call, job.seed))
     reports: list[Report] = []
@@ -226,6 +194,7 @@ def _metadata(job: Job, call: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         "prompt": job.prompt,
         "seed": job.seed,
         "steps": call.get("num_inference_steps"),
+        "loading": dataclasses.asdict(job.loading),
         "call": {key: value for key, value in call.items() if key != "prompt"},
         "methods": [entry.name for entry in recipe.entries],
         "recipe": recipe.model_dump(mode="json"),
@@ -247,7 +216,8 @@ def _write(
     files = []
     for name, (array, about) in versions.items():
         if array.ndim == 4:
-            files.append(media.save_video(output / f"{name}.mp4", array, fps, about))
+            path = output / f"{name}.{job.video_format}"
+            files.append(media.save_video(path, array, fps, about))
         else:
             files.append(media.save_image(output / f"{name}.png", array, about))
     return [str(file) for file in files]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 KEY = "accel"
+VIDEO_FORMATS = ("mp4", "gif", "png")
 
 
 def save_image(path: Path, picture: Frames, metadata: dict[str, Any]) -> Path:
@@ -36,7 +37,9 @@ def save_image(path: Path, picture: Frames, metadata: dict[str, Any]) -> Path:
 
 
 def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> Path:
-    """MP4 of (frames, height, width, 3); an animated PNG under the same stem without PyAV."""
+    """MP4, GIF or animated PNG by the suffix: (frames, height, width, 3); PNG without PyAV."""
+    if path.suffix != ".mp4":
+        return _save_animation(path, frames, fps, metadata)
     try:
         import av  # noqa: F401
     except ImportError:
@@ -48,7 +51,7 @@ def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The metadata that this package wrote into a PNG or MP4."""
+    """The metadata that this package wrote into a PNG, GIF or MP4."""
     if not path.is_file():
         raise AccelError(f"{path}: no such file")
     try:
@@ -59,7 +62,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 text = container.metadata.get(KEY)
         else:
             with Image.open(path) as image:
-                text = image.info.get(KEY)
+                text = image.info.get("comment" if image.format == "GIF" else KEY)
     except (OSError, ValueError, ImportError) as error:
         raise AccelError(f"{path}: cannot be read ({error})") from error
     if text is None:
@@ -75,11 +78,14 @@ def side_by_side(left: Frames, right: Frames, zoom: int = 1) -> Frames:
 
 
 def _save_animation(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> Path:
+    text = json.dumps(metadata, ensure_ascii=False)
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(KEY, json.dumps(metadata, ensure_ascii=False))
+    info.add_itxt(KEY, text)
+    kind = path.suffix.removeprefix(".").upper()
+    about = {"comment": text.encode()} if kind == "GIF" else {"pnginfo": info}
     first, *rest = [Image.fromarray(frame) for frame in frames]
     options = {"save_all": True, "append_images": rest, "duration": 1000 / fps, "loop": 0}
-    return _atomically(path, lambda part: first.save(part, format="PNG", pnginfo=info, **options))
+    return _atomically(path, lambda part: first.save(part, format=kind, **about, **options))
 
 
 def _encode(part: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> None:

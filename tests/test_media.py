@@ -78,3 +78,13 @@ def test_side_by_side_doubles_the_width() -> None:
     joined = media.side_by_side(frames(), frames(), zoom=2)
     assert joined.shape == (5, 64, 128, 3)
     assert np.array_equal(joined[:, ::2, :64:2], frames())
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png"])
+def test_animations_keep_frames_and_metadata(tmp_path, suffix) -> None:
+    path = media.save_video(tmp_path / f"a.{suffix}", frames(), 10, METADATA)
+    with Image.open(path) as image:
+        assert image.format == suffix.upper()
+        assert image.n_frames == 5
+        assert image.info["duration"] == 100
+    assert media.read_metadata(path) == METADATA

@@ -21,6 +21,8 @@ from demos.zoo import data
 
 VIEWS = 24
 """Real renders of each name that the caption classifier learns from."""
+REFERENCE = 256
+"""Real clips that KID compares with."""
 
 
 def colour_of(video: Tensor) -> str:
@@ -121,12 +123,12 @@ def real_pictures(names: Tensor, size: int, video: bool, generator: Generator) -
     return (clips[torch.arange(len(names)), :, chosen] + 1) / 2
 
 
-def real_clips(captions: list[str], size: int, video: bool) -> Tensor:
+def real_clips(captions: list[str], size: int, video: bool, seed: int = 12) -> Tensor:
     """Renders of captions: (n, frames, 3, size, size) in [0, 1]; one frame for pictures."""
     parsed = [data.parse(caption) for caption in captions]
     names = torch.tensor([data.NAMES.index(name) for name, _, _ in parsed])
     colours = torch.tensor([data.COLOUR_NAMES.index(colour) for _, colour, _ in parsed])
-    generator = Generator().manual_seed(12)
+    generator = Generator().manual_seed(seed)
     if not video:
         images = data.render_images(data.sprites(), names, colours, size, generator)
         return (images[:, None] + 1) / 2
@@ -135,8 +137,25 @@ def real_clips(captions: list[str], size: int, video: bool) -> Tensor:
     return (clips.transpose(1, 2) + 1) / 2
 
 
+def reference_features(size: int, video: bool) -> Tensor:
+    """Features of real clips of other captions than those judged: what KID compares with."""
+    entries = data.combinations(video, held=False)
+    order = torch.randperm(len(entries), generator=Generator().manual_seed(13))[:REFERENCE]
+    captions = [data.caption(*entries[int(index)]) for index in order]
+    return _features(real_clips(captions, size, video, seed=14))
+
+
+def _features(clips: Tensor) -> Tensor:
+    """lite0 features of the first, middle and last frame of clips (n, frames, 3, h, w)."""
+    return torch.cat([metrics.lite0_features(clips[:, frame]) for frame in _frames(clips)])
+
+
+def _frames(clips: Tensor) -> list[int]:
+    return sorted({0, clips.shape[1] // 2, clips.shape[1] - 1})
+
+
 def generated_clips(pipe: Any, call: dict[str, Any], captions: list[str]) -> Tensor:
-    """What the model makes of captions, in the form of `real_clips`; seed = line number."""
+    """What the model makes of captions, in the form of `real_clips`; seed = place in the list."""
     made = []
     for index, caption in enumerate(captions):
         generator = Generator().manual_seed(index)
@@ -149,9 +168,9 @@ def generated_clips(pipe: Any, call: dict[str, Any], captions: list[str]) -> Ten
 def scores(clips: Tensor, captions: list[str], judge: CaptionClassifier, real: Tensor) -> dict:
     """All formula scores of clips (n, frames, 3, h, w) for their captions."""
     parsed = [data.parse(caption) for caption in captions]
-    frames = sorted({0, clips.shape[1] // 2, clips.shape[1] - 1})
-    features = [metrics.lite0_features(clips[:, frame]) for frame in frames]
-    guesses = torch.stack([judge.scores(part) for part in features]).mean(0).argmax(1)
+    features = _features(clips)
+    per_frame = judge.scores(features).unflatten(0, (len(_frames(clips)), -1))
+    guesses = per_frame.mean(0).argmax(1)
     names = [data.NAMES[int(guess)] for guess in guesses]
     result = {
         "colour": _share(
@@ -160,7 +179,7 @@ def scores(clips: Tensor, captions: list[str], judge: CaptionClassifier, real: T
         "caption_top1": _share(
             guess == name for guess, (name, _, _) in zip(names, parsed, strict=True)
         ),
-        "kid": metrics.kid(real, torch.cat(features)),
+        "kid": metrics.kid(real, features),
     }
     if clips.shape[1] > 1:
         result["motion"] = _share(
@@ -180,11 +199,11 @@ def evaluate(model: str, captions: list[str], steps: list[int], guidance: list[f
     size, video = call["height"], fps is not None
     judge = CaptionClassifier(size, video)
     real = real_clips(captions, size, video)
-    frames = sorted({0, real.shape[1] // 2, real.shape[1] - 1})
-    known = torch.cat([metrics.lite0_features(real[:, frame]) for frame in frames])
+    known = reference_features(size, video)
     result: dict[str, Any] = {
         "model": model,
-        "prompts": len(captions),
+        "prompts": len(set(captions)),
+        "clips": len(captions),
         "classifier_accuracy_on_real": judge.accuracy,
         "real": scores(real, captions, judge, known),
         "runs": [],
@@ -206,12 +225,13 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--part", default="final", choices=["train", "heldout", "final"])
     parser.add_argument("--num-prompts", type=int, default=64)
+    parser.add_argument("--seeds", type=int, default=1, help="clips of each caption")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20, 10, 5])
     parser.add_argument("--guidance", type=float, nargs="*", default=[1.0])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     lines = model_zoo.prompts(options.model, options.part).read_text().splitlines()
-    captions = lines[: options.num_prompts]
+    captions = lines[: options.num_prompts] * options.seeds
     result = evaluate(options.model, captions, options.steps, options.guidance)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
