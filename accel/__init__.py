@@ -42,8 +42,10 @@ _ASSEMBLY = {
 
 __all__ = [
     "AccelError",
+    "Chebyshev",
     "EasyCache",
     "FirstBlockCache",
+    "HiCache",
     "HoldResidual",
     "MagCache",
     "Newton",
@@ -51,6 +53,8 @@ __all__ = [
     "PlainCycle",
     "Recipe",
     "Report",
+    "Spectrum",
+    "StepMask",
     "Taylor",
     "TeaCache",
     "patch",

@@ -76,7 +76,10 @@ def settings_of(name: str) -> list[Any]:
             {"interval": 2},
             {"interval": 2, "reuse": newton},
             {"interval": 3, "reuse": taylor, "warmup": 3},
+            {"interval": 4, "reuse": taylor, "warmup": 3},
         ],
+        "spectrum": [{"growth": 0.25}, {"growth": 0.75}, {"growth": 2}],
+        "stepmask": [{"mask": "slow"}, {"mask": "medium", "reuse": newton}, {"mask": "fast"}],
     }
     return [make(**settings) for settings in grid[name]]
 

@@ -112,6 +112,14 @@ class Denoiser:
         """Let `policy` skip whole calls of the denoiser; the residual is output minus latent."""
         return self._add(Site(0, None, policy, reuse))
 
+    def cache_widest(
+        self, policy: Callable[[Branch], Policy], reuse: Approximator, method: str
+    ) -> Handle:
+        """Let `policy` skip the whole block chain, or whole calls where there is no chain."""
+        if self.chain.blocks:
+            return self.cache(policy, reuse, method=method)
+        return self.cache_model(policy, reuse)
+
     def _add(self, site: Site) -> Handle:
         self._sites.append(site)
         try:
@@ -199,7 +207,10 @@ class Denoiser:
         key = (branch.name, branch.ordinal)
         state = self._branches.get(key)
         if state is None or state.signature != signature or not _same(state.condition, condition):
-            sites = [SiteState(site.policy(branch), site.reuse.start()) for site in self._sites]
+            total = self.clock.total
+            sites = [
+                SiteState(site.policy(branch), site.reuse.start(total)) for site in self._sites
+            ]
             state = self._branches[key] = BranchState(branch, signature, condition, sites)
         state.condition = condition
         return state

@@ -14,12 +14,16 @@ METHODS: dict[str, str] = {
     "easycache": "accel.caches.easy_cache:EasyCache",
     "teacache": "accel.caches.tea_cache:TeaCache",
     "plaincycle": "accel.caches.plain_cycle:PlainCycle",
+    "spectrum": "accel.caches.spectrum:Spectrum",
+    "stepmask": "accel.caches.step_mask:StepMask",
 }
 
 APPROXIMATORS: dict[str, str] = {
     "holdresidual": "accel.caches.approximators:HoldResidual",
     "taylor": "accel.caches.approximators:Taylor",
     "newton": "accel.caches.approximators:Newton",
+    "hicache": "accel.caches.approximators:HiCache",
+    "chebyshev": "accel.caches.approximators:Chebyshev",
 }
 
 FAMILIES: dict[str, str] = {

@@ -124,8 +124,8 @@ class History(Protocol):
 class Approximator(Protocol):
     """Stands in for a skipped span; a frozen dataclass of settings."""
 
-    def start(self) -> History:
-        """An empty history."""
+    def start(self, total: int) -> History:
+        """An empty history for a run of `total` steps."""
         ...
 
 

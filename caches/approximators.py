@@ -7,10 +7,11 @@ residual's own dtype.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from accel.method import check, is_count
+from accel.method import check, is_count, is_number
 from accel.site import Streams
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class HoldResidual:
     """Repeat the last computed residual."""
 
-    def start(self) -> _Polynomial:
+    def start(self, total: int) -> _Polynomial:
         """An empty history."""
         return _Polynomial(0)
 
@@ -39,7 +40,7 @@ class Newton:
     def __post_init__(self) -> None:
         check(is_count(self.order, 0), self, "order", "a whole number ≥ 0")
 
-    def start(self) -> _Polynomial:
+    def start(self, total: int) -> _Polynomial:
         """An empty history."""
         return _Polynomial(self.order)
 
@@ -57,30 +58,89 @@ class Taylor:
     def __post_init__(self) -> None:
         check(is_count(self.order, 0), self, "order", "a whole number ≥ 0")
 
-    def start(self) -> _Differences:
+    def start(self, total: int) -> _Differences:
         """An empty history."""
-        return _Differences(self.order)
+        return _Differences(self.order, lambda m, ahead: ahead**m)
 
 
-class _Polynomial:
-    """Newton/Lagrange form: the weights depend only on the computed steps' positions."""
+@dataclass(frozen=True)
+class HiCache:
+    """TaylorSeer's differences on scaled Hermite polynomials (HiCache, 2025).
 
-    def __init__(self, order: int) -> None:
-        self.order = order
+    Σ Δᵐ σᵐ Hₘ(σk) / m! with the physicists' Hₘ. Order 1 is the line damped by 2σ²: half its slope
+    at σ = 0.5, `Taylor(1)` at σ = 1/√2. Holds up to `order` + 1 tensors of the residual's size.
+    """
+
+    order: int = 2
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        check(is_count(self.order, 0), self, "order", "a whole number ≥ 0")
+        check(is_number(self.sigma) and 0 < self.sigma <= 1, self, "sigma", "in (0, 1]")
+
+    def start(self, total: int) -> _Differences:
+        """An empty history."""
+        return _Differences(
+            self.order, lambda m, ahead: self.sigma**m * _hermite(m, self.sigma * ahead)
+        )
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """Spectrum's forecast (CVPR 2026): ridge regression on Chebyshev polynomials of the step.
+
+    All computed residuals of the run (the last `keep` when given) are fitted by polynomials up to
+    `degree` with penalty `ridge`; `blend` of that forecast is mixed with 1 − `blend` of the line
+    through the last two. The weights depend on the steps alone: one weighted sum of stored
+    residuals. Differs from the paper: residuals instead of outputs, and steps scaled by the run's
+    own length instead of 50.
+    """
+
+    degree: int = 4
+    ridge: float = 0.1
+    blend: float = 0.5
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        check(is_count(self.degree, 1), self, "degree", "a whole number ≥ 1")
+        check(is_number(self.ridge) and self.ridge > 0, self, "ridge", "a number > 0")
+        check(is_number(self.blend) and 0 <= self.blend <= 1, self, "blend", "between 0 and 1")
+        keep = self.keep is None or is_count(self.keep, 2)
+        check(keep, self, "keep", "None or a whole number ≥ 2")
+
+    def start(self, total: int) -> _Ridge:
+        """An empty history."""
+        return _Ridge(self, total)
+
+
+def _hermite(m: int, z: float) -> float:
+    """The physicists' Hermite polynomial of degree m."""
+    older, value = 0.0, 1.0
+    for n in range(m):
+        older, value = value, 2 * z * value - 2 * n * older
+    return value
+
+
+class _Points:
+    """Computed residuals with their steps; a subclass weighs them."""
+
+    def __init__(self, keep: int | None) -> None:
+        self.keep = keep
         self.points: list[tuple[int, Streams]] = []
 
     def update(self, step: int, value: Streams) -> None:
-        self.points = [*self.points, (step, value)][-(self.order + 1) :]
+        self.points.append((step, value))
+        if self.keep is not None:
+            del self.points[: -self.keep]
 
     def predict(self, step: int) -> Streams:
         if len(self.points) == 1:
             return self.points[0][1]
-        places = [place for place, _ in self.points]
-        weights = [
-            math.prod((step - other) / (place - other) for other in places if other != place)
-            for place in places
-        ]
+        weights = self.weights([place for place, _ in self.points], step)
         return _combine(weights, [value for _, value in self.points])
+
+    def weights(self, places: list[int], step: int) -> list[float]:
+        raise NotImplementedError
 
     @property
     def ready(self) -> bool:
@@ -94,11 +154,53 @@ class _Polynomial:
         return [tensor for _, value in self.points for tensor in value if tensor is not None]
 
 
+class _Polynomial(_Points):
+    """Newton/Lagrange form: the weights depend only on the computed steps' positions."""
+
+    def __init__(self, order: int) -> None:
+        super().__init__(order + 1)
+
+    def weights(self, places: list[int], step: int) -> list[float]:
+        return [
+            math.prod((step - other) / (place - other) for other in places if other != place)
+            for place in places
+        ]
+
+
+class _Ridge(_Points):
+    """Ridge regression over all points, blended with the line through the last two."""
+
+    def __init__(self, settings: Chebyshev, total: int) -> None:
+        super().__init__(settings.keep)
+        self.settings, self.total = settings, total
+
+    def weights(self, places: list[int], step: int) -> list[float]:
+        import torch
+
+        rows = torch.tensor([self._basis(place) for place in places], dtype=torch.float64)
+        now = torch.tensor(self._basis(step), dtype=torch.float64)
+        penalty = self.settings.ridge * torch.eye(len(now), dtype=torch.float64)
+        fitted = rows @ torch.linalg.solve(rows.T @ rows + penalty, now) * self.settings.blend
+        weights: list[float] = fitted.tolist()
+        ahead = (step - places[-1]) / (places[-1] - places[-2])
+        weights[-1] += (1 - self.settings.blend) * (1 + ahead)
+        weights[-2] -= (1 - self.settings.blend) * ahead
+        return weights
+
+    def _basis(self, step: int) -> list[float]:
+        """T₀ … T_degree at the step's place in [−1, 1]."""
+        z = 2 * step / self.total - 1
+        values = [1.0, z]
+        while len(values) <= self.settings.degree:
+            values.append(2 * z * values[-1] - values[-2])
+        return values
+
+
 class _Differences:
     """TaylorSeer's table of backward differences, taken at computed steps only."""
 
-    def __init__(self, order: int) -> None:
-        self.order = order
+    def __init__(self, order: int, basis: Callable[[int, int], float]) -> None:
+        self.order, self.basis = order, basis
         self.step = 0
         self.terms: list[Streams] = []
 
@@ -113,7 +215,7 @@ class _Differences:
         if len(self.terms) == 1:
             return self.terms[0]
         ahead = step - self.step
-        weights = [ahead**m / math.factorial(m) for m in range(len(self.terms))]
+        weights = [self.basis(m, ahead) / math.factorial(m) for m in range(len(self.terms))]
         return _combine(weights, self.terms)
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
 from accel.method import Handle, check, is_count
-from accel.site import Approximator, Branch, Computed, Signals, StepContext
+from accel.site import Approximator, Computed, Signals, StepContext
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,7 @@ class PlainCycle:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the block chain, or to the whole denoiser when there is none."""
-
-        def policy(_: Branch) -> _Cycle:
-            return _Cycle(self)
-
-        if denoiser.chain.blocks:
-            return denoiser.cache(policy, self.reuse, method="PlainCycle")
-        return denoiser.cache_model(policy, self.reuse)
+        return denoiser.cache_widest(lambda _: _Cycle(self), self.reuse, "PlainCycle")
 
 
 class _Cycle:

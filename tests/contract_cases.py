@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_pipelines import TINY
 
-from accel import registry
+from accel import HoldResidual, registry
 
 RATIOS = tuple(1.0 - 0.001 * step for step in range(50))
 ACTIVE: dict[str, Any] = {
@@ -16,6 +16,8 @@ ACTIVE: dict[str, Any] = {
     "easycache": {"threshold": 1e6, "warmup": 3},
     "teacache": {"threshold": 1e6, "polynomial": (1.0, 0.1)},
     "plaincycle": {"interval": 2},
+    "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},
+    "stepmask": {"mask": (1, 1, 0, 1, 0, 0)},
 }
 IDENTITY: dict[str, Any] = {
     "magcache": {"threshold": 0, "ratios": (1.0, 1.0)},
@@ -23,11 +25,13 @@ IDENTITY: dict[str, Any] = {
     "easycache": {"threshold": 0},
     "teacache": {"threshold": 0, "polynomial": (1.0, 0.0)},
     "plaincycle": {"interval": 1},
+    "spectrum": {"window": 1, "growth": 0.0},
+    "stepmask": {"mask": (1,)},
 }
 METHODS = list(registry.METHODS)
 CHAINLESS = {"sd15", "sdxl"}
-ANYWHERE = {"easycache", "plaincycle"}
-STATIC = {"magcache", "plaincycle"}
+ANYWHERE = {"easycache", "plaincycle", "spectrum", "stepmask"}
+STATIC = {"magcache", "plaincycle", "spectrum", "stepmask"}
 
 pairs = pytest.mark.parametrize(
     ("name", "tiny"),

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Generator, Tensor, nn
-from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from demos.zoo import data, images, text, train

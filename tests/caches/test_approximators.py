@@ -1,5 +1,7 @@
 """What each forecast is exact on."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ import accel
 
 
 def forecast(approximator, function, steps: list[int], at: int) -> float:
-    history = approximator.start()
+    history = approximator.start(10)
     assert not history.ready
     for step in steps:
         history.update(step, (torch.full((2, 3), float(function(step))), None))
@@ -42,14 +44,14 @@ def test_memory_is_bounded_by_the_order() -> None:
         (accel.Newton(2), 3),
         (accel.Taylor(2), 3),
     ):
-        history = approximator.start()
+        history = approximator.start(10)
         for step in range(9):
             history.update(step, (torch.zeros(4), None))
         assert len(history.tensors()) == most
 
 
 def test_half_precision_is_kept() -> None:
-    history = accel.Newton(1).start()
+    history = accel.Newton(1).start(10)
     for step in (0, 1):
         history.update(step, (torch.full((4,), step, dtype=torch.bfloat16),))
     assert history.predict(3)[0].dtype == torch.bfloat16
@@ -61,3 +63,35 @@ def test_wrong_orders_are_named(order) -> None:
     for kind in (accel.Newton, accel.Taylor):
         with pytest.raises(accel.AccelError, match="order"):
             kind(order)
+
+
+def test_hermite_order_one_is_the_damped_line() -> None:
+    for sigma, share in ((0.5, 0.5), (0.5**0.5, 1.0)):
+        value = forecast(accel.HiCache(1, sigma), lambda s: 2 * s, [0, 1], 4)
+        assert value == pytest.approx(2 + share * 6)
+
+
+def test_hermite_order_two_by_hand() -> None:
+    # F = s² at 0, 1, 2: Δ = 3, Δ² = 2; H₁(z) = 2z, H₂(z) = 4z² − 2 at z = σk = 1.5
+    expected = 4 + 3 * 0.5 * 3 + 2 * 0.25 * 7 / 2
+    value = forecast(accel.HiCache(2, 0.5), lambda s: s * s, [0, 1, 2], 5)
+    assert value == pytest.approx(expected)
+
+
+def test_chebyshev_finds_a_smooth_course_that_a_line_misses() -> None:
+    def course(step: int) -> float:
+        return math.cos(step / 4)
+
+    steps, exact = [0, 1, 2, 3, 4, 6, 8], course(9)
+    smooth = forecast(accel.Chebyshev(degree=4, ridge=1e-6, blend=1.0), course, steps, 9)
+    line = forecast(accel.Chebyshev(blend=0.0), course, steps, 9)
+    assert line == pytest.approx(forecast(accel.Newton(1), course, steps, 9), rel=1e-5)
+    assert abs(smooth - exact) < 0.02 < abs(line - exact)
+
+
+def test_chebyshev_keeps_what_it_may() -> None:
+    for keep, held in ((None, 9), (3, 3)):
+        history = accel.Chebyshev(keep=keep).start(10)
+        for step in range(9):
+            history.update(step, (torch.zeros(4), None))
+        assert len(history.tensors()) == held
