@@ -43,6 +43,7 @@ _ASSEMBLY = {
 __all__ = [
     "AccelError",
     "Chebyshev",
+    "DeepCache",
     "EasyCache",
     "FirstBlockCache",
     "HiCache",

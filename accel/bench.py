@@ -78,6 +78,7 @@ def settings_of(name: str) -> list[Any]:
             {"interval": 3, "reuse": taylor, "warmup": 3},
             {"interval": 4, "reuse": taylor, "warmup": 3},
         ],
+        "deepcache": [{"interval": 2}, {"interval": 3}, {"interval": 3, "reuse": newton}],
         "spectrum": [{"growth": 0.25}, {"growth": 0.75}, {"growth": 2}],
         "stepmask": [{"mask": "slow"}, {"mask": "medium", "reuse": newton}, {"mask": "fast"}],
     }

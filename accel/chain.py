@@ -29,7 +29,11 @@ class Chain:
         self._family = family
         self._owner = type(module).__name__
         self._stacks = [stack for _, stack in entries]
-        self._names = [parameters(block) for block in self.blocks]
+        self._names = [
+            tuple(HIDDEN if name == stack.hidden else name for name in parameters(block))
+            for block, stack in entries
+        ]
+        self._shapes: dict[int, torch.Size] = {}
         self._learned: dict[str, tuple[str, ...]] = {}
         self._last: tuple[str, tuple[Any, ...]] | None = None
         self._warned = False
@@ -52,7 +56,15 @@ class Chain:
         """Streams in the form that block `index` returns."""
         by_name = dict(zip(self.streams, streams, strict=True))
         values = tuple(by_name[name] for name in self._order(index))
-        return values[0] if len(values) == 1 else values
+        return values[0] if len(values) == 1 and not self._stacks[index].wrapped else values
+
+    def pass_on(self, index: int, streams: Streams) -> Any:
+        """What block `index` returns where it is skipped and what follows it too."""
+        hidden = streams[0]
+        if self._stacks[index].reshapes and hidden is not None:
+            shape = (hidden.shape[0], *self._shapes[index][1:])
+            streams = (hidden.new_zeros(()).expand(shape), *streams[1:])
+        return self.pack(index, streams)
 
     def known(self, index: int) -> bool:
         """Whether the order of what block `index` returns is known."""
@@ -64,7 +76,11 @@ class Chain:
         return stack.outputs or self._learned[stack.name]
 
     def learn(self, index: int, arguments: Arguments, output: Any) -> Any:
-        """Watch a computed block of an undescribed stack; returns `output`."""
+        """Watch a computed block: shapes, and the order of an undescribed stack's streams."""
+        if self._stacks[index].reshapes:
+            hidden = self.outputs(index, output)[0]
+            assert hidden is not None
+            self._shapes[index] = hidden.shape
         if self.known(index):
             return output
         name = self._stacks[index].name

@@ -83,17 +83,18 @@ class Denoiser:
         start: int = 0,
         stop: int | None = None,
         method: str = "this method",
+        keeps_output: bool = False,
     ) -> Handle:
         """Let `policy` skip blocks [start, stop) of the chain; `reuse` stands in for them.
 
-        `stop` counts from the end when negative or 0 (0 is the end). Raises `AccelError` when the
-        denoiser has no such chain.
+        `stop` counts from the end when negative or 0 (0 is the end). `keeps_output`: see `Site`.
+        Raises `AccelError` when the denoiser has no such chain.
         """
         count = len(self.chain.blocks)
         if count < 2:
             raise AccelError(
                 f"{method} needs a chain of transformer blocks; {type(self.module).__name__} has "
-                "none. EasyCache and PlainCycle work on any denoiser"
+                "none that is known. EasyCache and PlainCycle work on any denoiser"
             )
         if is_compiled_whole(self.module):
             raise AccelError(
@@ -106,7 +107,7 @@ class Denoiser:
                 f"{method}: blocks [{start}, {end}) are not a part of the {count} blocks of "
                 f"{type(self.module).__name__}"
             )
-        return self._add(Site(start, end, policy, reuse))
+        return self._add(Site(start, end, policy, reuse, keeps_output))
 
     def cache_model(self, policy: Callable[[Branch], Policy], reuse: Approximator) -> Handle:
         """Let `policy` skip whole calls of the denoiser; the residual is output minus latent."""
@@ -305,9 +306,12 @@ class Denoiser:
                 forward.decide(number, _Signals(self, forward, forward.inputs[number][0]))
         if number in forward.skipping:
             if not last:
-                return chain.pack(index, chain.inputs(arguments))
-            inputs = chain.relayout(forward.inputs[number], arguments.get(HIDDEN))
-            return chain.pack(index, add(inputs, state.history.predict(forward.step)))
+                return chain.pass_on(index, chain.inputs(arguments))
+            forecast = state.history.predict(forward.step)
+            if not site.keeps_output:
+                inputs = chain.relayout(forward.inputs[number], arguments.get(HIDDEN))
+                forecast = add(inputs, forecast)
+            return chain.pack(index, forecast)
         forward.blocks_run += 1
         output = chain.learn(index, arguments, original(*args, **kwargs))
         if last and chain.known(index) and number in forward.inputs and forward.entry:
@@ -318,10 +322,11 @@ class Denoiser:
         """The last block of site `number` was computed, and so was its first."""
         entered = forward.inputs[number]
         inputs = self.chain.relayout(entered, outputs[0])
-        change = residual(outputs, inputs)
-        if change[0] is not None:
+        keeps_output = self._sites[number].keeps_output
+        kept = outputs if keeps_output else residual(outputs, inputs)
+        if kept[0] is not None:
             signals = _Signals(self, forward, entered[0])
-            forward.remember(number, signals, Computed(inputs, outputs, change))
+            forward.remember(number, signals, Computed(inputs, outputs, kept))
 
     def _site_of(self, index: int) -> tuple[int, Site | None]:
         for number, site in enumerate(self._sites):
@@ -339,7 +344,13 @@ class _Signals:
 
     @property
     def entry(self) -> Any:
-        return self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
+        entry = self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
+        if entry is not None and entry.shape != self.hidden.shape:
+            raise AccelError(
+                f"the blocks before this span of {type(self._denoiser.module).__name__} change "
+                "the shape of the hidden states; let it begin earlier"
+            )
+        return entry
 
     @property
     def observed(self) -> Any:

@@ -55,11 +55,17 @@ class Stack:
     """One list of blocks.
 
     `outputs` names the streams that a block returns, in order; one name means a bare tensor, and
-    None means "learn it at the first forward". Streams enter as arguments of the same names.
+    None means "learn it at the first forward". Streams enter as arguments of the same names, but
+    the hidden states as argument `hidden`. `wrapped`: a bare tensor comes as a tuple of one.
+    `reshapes`: blocks change the shape of the hidden states, so that a skipped one must return
+    something of the right shape, whatever its values.
     """
 
     name: str
     outputs: tuple[str, ...] | None = (HIDDEN,)
+    hidden: str = HIDDEN
+    wrapped: bool = False
+    reshapes: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ class Family:
     `guidance`: "batched" (both branches in one call), "sequential" (one call each) or "embedded".
     `interleaved`: blocks of the stacks alternate (Latte) instead of following each other.
     `relayout(x, like)`: bring a tensor in the first block's layout into that of `like`.
+    `blocks(denoiser)`: the chain, where it is not made of lists; `spans(denoiser)`: spans of a
+    U-Net's chain that lie inside each skip connection, outermost first.
     """
 
     name: str
@@ -78,9 +86,13 @@ class Family:
     interleaved: bool = False
     relayout: Callable[[Any, Any], Any] | None = None
     latent: str = HIDDEN
+    blocks: Callable[[Any], list[tuple[Any, Stack]]] | None = None
+    spans: Callable[[Any], list[tuple[int, int]]] | None = None
 
     def chain(self, denoiser: Any) -> list[tuple[Any, Stack]]:
         """The blocks in calling order, each with its stack."""
+        if self.blocks is not None:
+            return self.blocks(denoiser)
         lists = [
             [(block, stack) for block in getattr(denoiser, stack.name)] for stack in self.stacks
         ]

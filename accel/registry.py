@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "easycache": "accel.caches.easy_cache:EasyCache",
     "teacache": "accel.caches.tea_cache:TeaCache",
     "plaincycle": "accel.caches.plain_cycle:PlainCycle",
+    "deepcache": "accel.caches.deep_cache:DeepCache",
     "spectrum": "accel.caches.spectrum:Spectrum",
     "stepmask": "accel.caches.step_mask:StepMask",
 }

@@ -1,7 +1,7 @@
 """A site: a span of the denoiser that a policy may skip and an approximator then stands in for.
 
 The span is the whole denoiser, or blocks [start, stop) of its chain. What is cached is the span's
-residual, output minus input, one tensor per stream.
+residual, output minus input, one tensor per stream; or, where a site says so, its output.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Computed:
-    """A computed span: what went in, what came out, and the residual, one tensor per stream."""
+    """A computed span: what went in, what came out, and what is kept: the residual or the output."""
 
     inputs: Streams
     outputs: Streams
-    residual: Streams
+    kept: Streams
 
 
 class History(Protocol):
@@ -131,12 +131,16 @@ class Approximator(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """A span with its policy and approximator; `stop` None means the whole denoiser."""
+    """A span with its policy and approximator; `stop` None means the whole denoiser.
+
+    `keeps_output`: what is kept and forecast is the span's output instead of its residual.
+    """
 
     start: int
     stop: int | None
     policy: Callable[[Branch], Policy]
     reuse: Approximator
+    keeps_output: bool = False
 
 
 @dataclass
@@ -198,7 +202,7 @@ class Forward:
         """The span of site `index` was computed."""
         site = self.state.sites[index]
         site.policy.computed(self.context(site), signals, computed)
-        site.history.update(self.step, computed.residual)
+        site.history.update(self.step, computed.kept)
         site.skipped = 0
 
 

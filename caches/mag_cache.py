@@ -115,7 +115,7 @@ class _Measurement:
         return False
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        change = site.residual[0]
+        change = site.kept[0]
         assert change is not None  # the engine remembers no span without its hidden stream
         norms = change.float().norm(dim=-1)
         if self.norms is not None:

@@ -16,6 +16,7 @@ ACTIVE: dict[str, Any] = {
     "easycache": {"threshold": 1e6, "warmup": 3},
     "teacache": {"threshold": 1e6, "polynomial": (1.0, 0.1)},
     "plaincycle": {"interval": 2},
+    "deepcache": {"interval": 2},
     "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},
     "stepmask": {"mask": (1, 1, 0, 1, 0, 0)},
 }
@@ -25,24 +26,30 @@ IDENTITY: dict[str, Any] = {
     "easycache": {"threshold": 0},
     "teacache": {"threshold": 0, "polynomial": (1.0, 0.0)},
     "plaincycle": {"interval": 1},
+    "deepcache": {"interval": 1},
     "spectrum": {"window": 1, "growth": 0.0},
     "stepmask": {"mask": (1,)},
 }
 METHODS = list(registry.METHODS)
-CHAINLESS = {"sd15", "sdxl"}
-ANYWHERE = {"easycache", "plaincycle", "spectrum", "stepmask"}
-STATIC = {"magcache", "plaincycle", "spectrum", "stepmask"}
+UNETS = {"sd15", "sdxl"}
+UNET_ONLY = {"deepcache"}
+STATIC = {"deepcache", "magcache", "plaincycle", "spectrum", "stepmask"}
 
-pairs = pytest.mark.parametrize(
-    ("name", "tiny"),
-    [
-        pytest.param(method, family, id=f"{method}-{family}")
-        for method in METHODS
-        for family in TINY
-        if family not in CHAINLESS or method in ANYWHERE
-    ],
-    indirect=["tiny"],
-)
+def pairs_of(methods: list[str]) -> Any:
+    """Every method on every family that it applies to."""
+    return pytest.mark.parametrize(
+        ("name", "tiny"),
+        [
+            pytest.param(method, family, id=f"{method}-{family}")
+            for method in methods
+            for family in TINY
+            if family in UNETS or method not in UNET_ONLY
+        ],
+        indirect=["tiny"],
+    )
+
+
+pairs = pairs_of(METHODS)
 
 
 def make(name: str, settings: dict[str, dict[str, Any]]) -> Any:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from contract_cases import (
     ACTIVE,
-    ANYWHERE,
-    CHAINLESS,
     IDENTITY,
     METHODS,
     STATIC,
+    UNET_ONLY,
+    UNETS,
     make,
     pairs,
 )
@@ -69,15 +69,15 @@ def test_active_setting_reuses_and_leaves_nothing_behind(name, tiny, baseline) -
     MATRIX[name, family] = f"{report.hit_rate:.0%}"
 
 
-@pytest.mark.parametrize("tiny", sorted(CHAINLESS), indirect=True)
-@pytest.mark.parametrize("name", sorted(set(METHODS) - ANYWHERE))
-def test_methods_that_need_a_chain_are_refused_without_one(name, tiny, baseline) -> None:
+@pytest.mark.parametrize("tiny", sorted(set(TINY) - UNETS), indirect=True)
+@pytest.mark.parametrize("name", sorted(UNET_ONLY))
+def test_methods_for_unets_are_refused_elsewhere(name, tiny, baseline) -> None:
     before = snapshot(tiny.pipe)
-    with pytest.raises(accel.AccelError, match="needs a chain of transformer blocks"):
+    with pytest.raises(accel.AccelError, match="needs a U-Net"):
         accel.patch(tiny.pipe, make(name, ACTIVE))
     assert snapshot(tiny.pipe) == before
     assert torch.equal(run(tiny), baseline(family_of(tiny)))
-    MATRIX[name, family_of(tiny)] = "refused: no chain"
+    MATRIX[name, family_of(tiny)] = "refused: no U-Net"
 
 
 class InterruptedRunError(Exception):
@@ -123,7 +123,7 @@ def test_fresh_after_interruption_other_steps_and_other_size(name, tiny) -> None
 
 
 @pytest.mark.parametrize("family", ["flux_cfg", "wan21", "wan22", "qwen_image"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in UNET_ONLY])
 def test_branches_never_mix(name, family) -> None:
     """Hold the first step for ever: each branch must repeat its own first residual."""
     tiny, _ = built(family)
@@ -193,7 +193,7 @@ def row_distance(tiny: Any) -> float:
         pytest.param(name, family, id=f"{name}-{family}")
         for name in sorted(STATIC)
         for family in TINY
-        if family != "latte" and (family not in CHAINLESS or name in ANYWHERE)
+        if family != "latte" and (family in UNETS or name not in UNET_ONLY)
     ],
     indirect=["tiny"],
 )
@@ -218,11 +218,15 @@ def test_settings_survive_json(name) -> None:
             assert again.methods == (method,)
 
 
-@pytest.mark.parametrize("family", ["wan21", "flux", "latte", "sd3"])
-@pytest.mark.parametrize("reuse", [accel.Taylor(1), accel.Newton(2)])
+@pytest.mark.parametrize("family", ["wan21", "flux", "latte", "sd3", "sd15"])
+@pytest.mark.parametrize(
+    "reuse", [accel.Taylor(1), accel.Newton(2), accel.HiCache(2), accel.Chebyshev(2)]
+)
 def test_any_method_takes_any_approximator(reuse, family) -> None:
     tiny, _ = built(family)
     for name in METHODS:
+        if name in UNET_ONLY and family not in UNETS:
+            continue
         method = dataclasses.replace(make(name, ACTIVE), reuse=reuse)
         with accel.patched(tiny.pipe, method) as handle:
             assert torch.isfinite(run(tiny)).all()

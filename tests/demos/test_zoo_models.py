@@ -32,6 +32,12 @@ def test_loads_with_plain_diffusers_and_has_a_card(name) -> None:
     assert (model_zoo.path(name) / "loss.csv").exists()
 
 
+def test_weights_stay_small() -> None:
+    sizes = [file.stat().st_size for file in model_zoo.folder().rglob("*.safetensors")]
+    assert sum(sizes) <= 36e6
+    assert max(sizes) <= 16e6
+
+
 @pytest.mark.parametrize("name", model_zoo.names())
 def test_accelerated_close_to_untouched_and_undone(name) -> None:
     pipe, call, _ = model_zoo.load(name)
@@ -65,3 +71,16 @@ def test_the_recipe_beside_the_video_model_is_used() -> None:
         assert type(method) is not accel.EasyCache
         made(pipe, call, prompt_of("emoji-video"))
         assert patch.report().hit_rate > 0.3
+
+
+def test_every_lora_acts_and_leaves_the_base_as_it_was() -> None:
+    pipe, call, _ = model_zoo.load("emoji-unet")
+    call, prompt = call | {"height": 64, "width": 64}, prompt_of("emoji-unet")
+    plain = made(pipe, call, prompt)
+    files = sorted((model_zoo.path("emoji-unet") / "loras").glob("*.safetensors"))
+    assert len(files) >= 3
+    for file in files:
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=file.stem)
+        assert metrics.psnr(made(pipe, call, prompt), plain) < 30, file.stem
+        pipe.unload_lora_weights()
+    assert torch.equal(made(pipe, call, prompt), plain)
