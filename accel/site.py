@@ -88,7 +88,7 @@ class Policy(Protocol):
 
 @dataclass(frozen=True)
 class Computed:
-    """A computed span: what went in, what came out, and what is kept: the residual or the output."""
+    """A computed span: what went in, came out and is kept (the residual, or the output)."""
 
     inputs: Streams
     outputs: Streams

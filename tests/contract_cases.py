@@ -33,7 +33,10 @@ IDENTITY: dict[str, Any] = {
 METHODS = list(registry.METHODS)
 UNETS = {"sd15", "sdxl"}
 UNET_ONLY = {"deepcache"}
+GENERAL = [name for name in METHODS if name not in UNET_ONLY]
+"""Methods for every family."""
 STATIC = {"deepcache", "magcache", "plaincycle", "spectrum", "stepmask"}
+
 
 def pairs_of(methods: list[str]) -> Any:
     """Every method on every family that it applies to."""

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from contract_cases import ACTIVE, IDENTITY, METHODS, make
+from contract_cases import ACTIVE, GENERAL, IDENTITY, make
 from diffusers.callbacks import SDCFGCutoffCallback
 from tiny_pipelines import TINY, Tiny, built, run
 
@@ -24,7 +24,7 @@ def skip_layers(*layers: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layer", range(4))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_skip_layer_guidance_with_identity_settings_is_bit_exact(name, layer) -> None:
     tiny, baseline = built("sd3")
     guided = run(tiny, **skip_layers(layer))
@@ -35,7 +35,7 @@ def test_skip_layer_guidance_with_identity_settings_is_bit_exact(name, layer) ->
 
 
 @pytest.mark.parametrize("layer", range(4))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_skip_layer_guidance_keeps_its_own_branch(name, layer) -> None:
     """Reuse must stay as near to the untouched run as without that guidance."""
     tiny, plain = built("sd3")
@@ -79,7 +79,7 @@ def other_prompt_after(last: int) -> dict[str, Any]:
     return {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": inputs}
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_a_prompt_changed_in_one_branch_leaves_no_branch_behind(name) -> None:
     tiny, _ = built("wan21")
     plain = run(tiny, **other_prompt_after(4))
@@ -130,7 +130,7 @@ def controlled() -> Tiny:
     return Tiny(pipe, tiny.call | {"control_image": image, "controlnet_conditioning_scale": 1.0})
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", GENERAL)
 def test_controlnet_residuals_between_blocks(name) -> None:
     tiny = controlled()
     plain = run(tiny)

@@ -35,7 +35,10 @@ def test_round_trip(tmp_path) -> None:
         ('{"entries": [], "entries": []}', "duplicate keys entries"),
         ({"entries": [], "more": 1}, "more: Extra inputs"),
         ({**GOOD, "schema_version": 2}, "schema_version"),
-        ({"entries": [{"name": "NoCache"}]}, "unknown method 'NoCache'; accepted: easycache"),
+        (
+            {"entries": [{"name": "NoCache"}]},
+            "unknown method 'NoCache'; accepted: deepcache, easycache",
+        ),
         ({"entries": [{"name": "EasyCache", "settings": {"treshold": 1}}]}, "no setting treshold"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": -1}}]}, "number ≥ 0"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": "1"}}]}, "number ≥ 0"),

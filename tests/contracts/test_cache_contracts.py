@@ -10,6 +10,7 @@ import pytest
 import torch
 from contract_cases import (
     ACTIVE,
+    GENERAL,
     IDENTITY,
     METHODS,
     STATIC,
@@ -123,7 +124,7 @@ def test_fresh_after_interruption_other_steps_and_other_size(name, tiny) -> None
 
 
 @pytest.mark.parametrize("family", ["flux_cfg", "wan21", "wan22", "qwen_image"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in UNET_ONLY])
+@pytest.mark.parametrize("name", GENERAL)
 def test_branches_never_mix(name, family) -> None:
     """Hold the first step for ever: each branch must repeat its own first residual."""
     tiny, _ = built(family)

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from contract_cases import ACTIVE, METHODS, UNET_ONLY, UNETS, make, pairs_of
+from contract_cases import ACTIVE, GENERAL, UNETS, make, pairs_of
 from tiny_pipelines import TINY, built, run
 
 import accel
 
-pairs = pairs_of([name for name in METHODS if name not in UNET_ONLY])
+pairs = pairs_of(GENERAL)
 COMPONENTS = ("transformer", "transformer_2", "unet")
 NORMS = ("norm_final", "norm_out", "conv_norm_out")
 LAYERS = ("ResnetBlock2D", "Transformer2DModel", "Downsample2D", "Upsample2D")
