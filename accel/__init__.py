@@ -42,10 +42,13 @@ _ASSEMBLY = {
 
 __all__ = [
     "AccelError",
+    "BlockCaching",
     "Chebyshev",
     "DeepCache",
+    "DeltaDiT",
     "EasyCache",
     "FirstBlockCache",
+    "Foresight",
     "HiCache",
     "HoldResidual",
     "MagCache",

@@ -66,6 +66,10 @@ class Chain:
             streams = (hidden.new_zeros(()).expand(shape), *streams[1:])
         return self.pack(index, streams)
 
+    def keeps_shape(self, index: int) -> bool:
+        """Whether block `index` returns hidden states of the shape it took."""
+        return not self._stacks[index].reshapes
+
     def known(self, index: int) -> bool:
         """Whether the order of what block `index` returns is known."""
         stack = self._stacks[index]

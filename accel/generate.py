@@ -175,10 +175,7 @@ def settle(
 ) -> tuple[tuple[Any, ...], Recipe]:
     """The methods with their tables; `run` is called once when one still has to be measured."""
     with accel.patched(pipe, *chosen) as attached:
-        if any(
-            getattr(method, "ratios", 0) is None or getattr(method, "polynomial", 0) is None
-            for method in attached.methods
-        ):
+        if any(getattr(method, "unmeasured", False) for method in attached.methods):
             logger.info("no table is known for this model: measuring in one full run")
             run()
         return attached.methods, attached.recipe()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -20,6 +20,16 @@ class Handle:
         self._undo: Callable[[], None] | None = undo
         self.settled: Callable[[], Any] | None = None
         """The method with everything it measured by now, when it measures."""
+
+    @classmethod
+    def together(cls, handles: Sequence[Handle]) -> Handle:
+        """One handle for several; the last attached is removed first."""
+
+        def undo() -> None:
+            for handle in reversed(handles):
+                handle.remove()
+
+        return cls(undo)
 
     def settling(self, settled: Callable[[], Any]) -> Handle:
         """This handle, knowing how to give the method with what it measured."""

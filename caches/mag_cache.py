@@ -56,6 +56,11 @@ class MagCache:
                     "MagCache(ratios=…): each table needs at least two positive numbers"
                 )
 
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the first run measures instead of reusing."""
+        return not _tables(self.ratios)
+
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the whole block chain."""
         tables = dict(_tables(self.ratios))

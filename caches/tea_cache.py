@@ -55,6 +55,11 @@ class TeaCache:
         ):
             raise AccelError(f"TeaCache(domain={self.domain!r}) must be (least, most)")
 
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the first run measures instead of reusing."""
+        return self.polynomial is None
+
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the whole block chain."""
         known: list[TeaCache] = [] if self.polynomial is None else [self]

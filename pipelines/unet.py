@@ -6,7 +6,7 @@ from typing import Any
 from accel.family import Family, Stack
 
 RESNET = Stack("resnets", hidden="input_tensor", reshapes=True)
-ATTENTION = Stack("attentions", wrapped=True, reshapes=True)
+ATTENTION = Stack("attentions", wrapped=True)
 SAMPLER = Stack("samplers", reshapes=True)
 KNOWN = {
     *("DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),

@@ -16,6 +16,9 @@ ACTIVE: dict[str, Any] = {
     "easycache": {"threshold": 1e6, "warmup": 3},
     "teacache": {"threshold": 1e6, "polynomial": (1.0, 0.1)},
     "plaincycle": {"interval": 2},
+    "blockcaching": {"threshold": 0.15, "changes": ((0.0, 0.1, 0.1),)},
+    "foresight": {"gamma": 1e6},
+    "deltadit": {"interval": 2, "boundary": 0.5},
     "deepcache": {"interval": 2},
     "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},
     "stepmask": {"mask": (1, 1, 0, 1, 0, 0)},
@@ -26,6 +29,9 @@ IDENTITY: dict[str, Any] = {
     "easycache": {"threshold": 0},
     "teacache": {"threshold": 0, "polynomial": (1.0, 0.0)},
     "plaincycle": {"interval": 1},
+    "blockcaching": {"threshold": 0, "changes": ((0.0, 0.1),)},
+    "foresight": {"gamma": 0},
+    "deltadit": {"interval": 1},
     "deepcache": {"interval": 1},
     "spectrum": {"window": 1, "growth": 0.0},
     "stepmask": {"mask": (1,)},
@@ -33,9 +39,17 @@ IDENTITY: dict[str, Any] = {
 METHODS = list(registry.METHODS)
 UNETS = {"sd15", "sdxl"}
 UNET_ONLY = {"deepcache"}
+TRANSFORMER_ONLY = {"deltadit"}
 GENERAL = [name for name in METHODS if name not in UNET_ONLY]
-"""Methods for every family."""
-STATIC = {"deepcache", "magcache", "plaincycle", "spectrum", "stepmask"}
+"""Methods for every transformer."""
+ONE_SPAN = [name for name in GENERAL if name not in {"blockcaching", "foresight", "deltadit"}]
+"""Methods that skip one span, the same at every step."""
+STATIC = {"blockcaching", "deepcache", "deltadit", "magcache", "plaincycle", "spectrum", "stepmask"}
+
+
+def applies(method: str, family: str) -> bool:
+    """Whether a method is made for a family; elsewhere it is refused with the reason."""
+    return method not in (TRANSFORMER_ONLY if family in UNETS else UNET_ONLY)
 
 
 def pairs_of(methods: list[str]) -> Any:
@@ -46,7 +60,7 @@ def pairs_of(methods: list[str]) -> Any:
             pytest.param(method, family, id=f"{method}-{family}")
             for method in methods
             for family in TINY
-            if family in UNETS or method not in UNET_ONLY
+            if applies(method, family)
         ],
         indirect=["tiny"],
     )

@@ -14,8 +14,7 @@ from contract_cases import (
     IDENTITY,
     METHODS,
     STATIC,
-    UNET_ONLY,
-    UNETS,
+    applies,
     make,
     pairs,
 )
@@ -70,15 +69,18 @@ def test_active_setting_reuses_and_leaves_nothing_behind(name, tiny, baseline) -
     MATRIX[name, family] = f"{report.hit_rate:.0%}"
 
 
-@pytest.mark.parametrize("tiny", sorted(set(TINY) - UNETS), indirect=True)
-@pytest.mark.parametrize("name", sorted(UNET_ONLY))
-def test_methods_for_unets_are_refused_elsewhere(name, tiny, baseline) -> None:
+@pytest.mark.parametrize(
+    ("name", "tiny"),
+    [(name, family) for name in METHODS for family in TINY if not applies(name, family)],
+    indirect=["tiny"],
+)
+def test_methods_are_refused_with_the_reason_where_they_do_not_apply(name, tiny, baseline) -> None:
     before = snapshot(tiny.pipe)
-    with pytest.raises(accel.AccelError, match="needs a U-Net"):
+    with pytest.raises(accel.AccelError, match=r"needs a (U-Net|transformer)"):
         accel.patch(tiny.pipe, make(name, ACTIVE))
     assert snapshot(tiny.pipe) == before
     assert torch.equal(run(tiny), baseline(family_of(tiny)))
-    MATRIX[name, family_of(tiny)] = "refused: no U-Net"
+    MATRIX[name, family_of(tiny)] = "refused"
 
 
 class InterruptedRunError(Exception):
@@ -194,7 +196,7 @@ def row_distance(tiny: Any) -> float:
         pytest.param(name, family, id=f"{name}-{family}")
         for name in sorted(STATIC)
         for family in TINY
-        if family != "latte" and (family in UNETS or name not in UNET_ONLY)
+        if family != "latte" and applies(name, family)
     ],
     indirect=["tiny"],
 )
@@ -226,7 +228,7 @@ def test_settings_survive_json(name) -> None:
 def test_any_method_takes_any_approximator(reuse, family) -> None:
     tiny, _ = built(family)
     for name in METHODS:
-        if name in UNET_ONLY and family not in UNETS:
+        if not applies(name, family):
             continue
         method = dataclasses.replace(make(name, ACTIVE), reuse=reuse)
         with accel.patched(tiny.pipe, method) as handle:
