@@ -42,10 +42,12 @@ _ASSEMBLY = {
 
 __all__ = [
     "AccelError",
+    "Aligned",
     "BlockCaching",
     "Chebyshev",
     "DeepCache",
     "DeltaDiT",
+    "DiCache",
     "EasyCache",
     "FirstBlockCache",
     "Foresight",

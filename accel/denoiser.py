@@ -247,7 +247,7 @@ class Denoiser:
         signals = _Signals(self, forward, latent)
         state = forward.state.sites[index]
         if forward.decide(index, signals):
-            (value,) = state.history.predict(forward.step)
+            (value,) = state.history.predict(forward.step, signals)
             assert value is not None  # only non-None predictions are remembered
             return state.dress(value + _latent_like(latent, value.shape).to(value.dtype))
         output = self._run(forward, run)
@@ -307,7 +307,8 @@ class Denoiser:
         if number in forward.skipping:
             if not last:
                 return chain.pass_on(index, chain.inputs(arguments))
-            forecast = state.history.predict(forward.step)
+            signals = _Signals(self, forward, forward.inputs[number][0])
+            forecast = state.history.predict(forward.step, signals)
             if not site.keeps_output:
                 inputs = chain.relayout(forward.inputs[number], arguments.get(HIDDEN))
                 forecast = add(inputs, forecast)
@@ -344,6 +345,8 @@ class _Signals:
 
     @property
     def entry(self) -> Any:
+        if not self._forward.entry:
+            raise AccelError("what looks at a probe of first blocks cannot skip whole calls")
         entry = self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
         if entry is not None and entry.shape != self.hidden.shape:
             raise AccelError(

@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "plaincycle": "accel.caches.plain_cycle:PlainCycle",
     "blockcaching": "accel.caches.block_caching:BlockCaching",
     "foresight": "accel.caches.foresight:Foresight",
+    "dicache": "accel.caches.di_cache:DiCache",
     "deltadit": "accel.caches.delta_dit:DeltaDiT",
     "deepcache": "accel.caches.deep_cache:DeepCache",
     "spectrum": "accel.caches.spectrum:Spectrum",
@@ -27,6 +28,7 @@ APPROXIMATORS: dict[str, str] = {
     "taylor": "accel.caches.approximators:Taylor",
     "newton": "accel.caches.approximators:Newton",
     "hicache": "accel.caches.approximators:HiCache",
+    "aligned": "accel.caches.approximators:Aligned",
     "chebyshev": "accel.caches.approximators:Chebyshev",
 }
 

@@ -98,11 +98,11 @@ class Computed:
 class History(Protocol):
     """What an approximator remembers of one site and branch."""
 
-    def update(self, step: int, value: Streams) -> None:
+    def update(self, step: int, value: Streams, signals: Signals) -> None:
         """Remember the residual computed at `step`."""
         ...
 
-    def predict(self, step: int) -> Streams:
+    def predict(self, step: int, signals: Signals) -> Streams:
         """The residual expected at `step`."""
         ...
 
@@ -202,7 +202,7 @@ class Forward:
         """The span of site `index` was computed."""
         site = self.state.sites[index]
         site.policy.computed(self.context(site), signals, computed)
-        site.history.update(self.step, computed.kept)
+        site.history.update(self.step, computed.kept, signals)
         site.skipped = 0
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accel.method import check, is_count, is_number
-from accel.site import Streams
+from accel.site import Signals, Streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +113,25 @@ class Chebyshev:
         return _Ridge(self, total)
 
 
+@dataclass(frozen=True)
+class Aligned:
+    """DiCache's trajectory alignment: how far the probe went says how far the rest went.
+
+    With p the probe's residual now (the span's input minus the chain's), p₁ and p₂ at the last two
+    computed steps and R₁, R₂ the residuals then: R₂ + γ (R₁ − R₂), γ = mean|p − p₂| / mean|p₁ − p₂|
+    between 1 and `limit`. Needs a probe before the span. Holds two residuals and two probes.
+    """
+
+    limit: float = 1.5
+
+    def __post_init__(self) -> None:
+        check(is_number(self.limit) and self.limit >= 1, self, "limit", "a number ≥ 1")
+
+    def start(self, total: int) -> _Alignment:
+        """An empty history."""
+        return _Alignment(self.limit)
+
+
 def _hermite(m: int, z: float) -> float:
     """The physicists' Hermite polynomial of degree m."""
     older, value = 0.0, 1.0
@@ -128,12 +147,12 @@ class _Points:
         self.keep = keep
         self.points: list[tuple[int, Streams]] = []
 
-    def update(self, step: int, value: Streams) -> None:
+    def update(self, step: int, value: Streams, signals: Signals) -> None:
         self.points.append((step, value))
         if self.keep is not None:
             del self.points[: -self.keep]
 
-    def predict(self, step: int) -> Streams:
+    def predict(self, step: int, signals: Signals) -> Streams:
         if len(self.points) == 1:
             return self.points[0][1]
         weights = self.weights([place for place, _ in self.points], step)
@@ -196,6 +215,40 @@ class _Ridge(_Points):
         return values
 
 
+class _Alignment:
+    """The last two residuals with their probes; the newest last."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit, self.apart = limit, 0.0
+        self.values: list[Streams] = []
+        self.probes: list[Tensor] = []
+
+    def update(self, step: int, value: Streams, signals: Signals) -> None:
+        self.values = [*self.values, value][-2:]
+        self.probes = [*self.probes, signals.hidden - signals.entry][-2:]
+        if len(self.probes) == 2:
+            self.apart = signals.mean_change(self.probes[1], self.probes[0])
+
+    def predict(self, step: int, signals: Signals) -> Streams:
+        if len(self.values) == 1 or self.apart == 0:
+            return self.values[-1]
+        gone = signals.mean_change(signals.hidden - signals.entry, self.probes[0])
+        share = min(max(gone / self.apart, 1.0), self.limit)
+        return _combine([1 - share, share], self.values)
+
+    @property
+    def ready(self) -> bool:
+        return bool(self.values)
+
+    @property
+    def extrapolates(self) -> bool:
+        return len(self.values) > 1
+
+    def tensors(self) -> list[Tensor]:
+        held = [tensor for value in self.values for tensor in value if tensor is not None]
+        return [*held, *self.probes]
+
+
 class _Differences:
     """TaylorSeer's table of backward differences, taken at computed steps only."""
 
@@ -204,14 +257,14 @@ class _Differences:
         self.step = 0
         self.terms: list[Streams] = []
 
-    def update(self, step: int, value: Streams) -> None:
+    def update(self, step: int, value: Streams, signals: Signals) -> None:
         gap = step - self.step
         terms = [value]
         for old in self.terms[: self.order]:
             terms.append(_combine([1 / gap, -1 / gap], [terms[-1], old]))
         self.terms, self.step = terms, step
 
-    def predict(self, step: int) -> Streams:
+    def predict(self, step: int, signals: Signals) -> Streams:
         if len(self.terms) == 1:
             return self.terms[0]
         ahead = step - self.step

@@ -12,8 +12,8 @@ def forecast(approximator, function, steps: list[int], at: int) -> float:
     history = approximator.start(10)
     assert not history.ready
     for step in steps:
-        history.update(step, (torch.full((2, 3), float(function(step))), None))
-    value, missing = history.predict(at)
+        history.update(step, (torch.full((2, 3), float(function(step))), None), None)
+    value, missing = history.predict(at, None)
     assert missing is None
     assert value.shape == (2, 3)
     return float(value[0, 0])
@@ -46,16 +46,16 @@ def test_memory_is_bounded_by_the_order() -> None:
     ):
         history = approximator.start(10)
         for step in range(9):
-            history.update(step, (torch.zeros(4), None))
+            history.update(step, (torch.zeros(4), None), None)
         assert len(history.tensors()) == most
 
 
 def test_half_precision_is_kept() -> None:
     history = accel.Newton(1).start(10)
     for step in (0, 1):
-        history.update(step, (torch.full((4,), step, dtype=torch.bfloat16),))
-    assert history.predict(3)[0].dtype == torch.bfloat16
-    assert float(history.predict(3)[0][0]) == 3
+        history.update(step, (torch.full((4,), step, dtype=torch.bfloat16),), None)
+    assert history.predict(3, None)[0].dtype == torch.bfloat16
+    assert float(history.predict(3, None)[0][0]) == 3
 
 
 @pytest.mark.parametrize("order", [-1, 1.5, True, "1"])
@@ -93,5 +93,31 @@ def test_chebyshev_keeps_what_it_may() -> None:
     for keep, held in ((None, 9), (3, 3)):
         history = accel.Chebyshev(keep=keep).start(10)
         for step in range(9):
-            history.update(step, (torch.zeros(4), None))
+            history.update(step, (torch.zeros(4), None), None)
         assert len(history.tensors()) == held
+
+
+class Probe:
+    """Signals of a span whose probe's residual is `value`."""
+
+    def __init__(self, value: float) -> None:
+        self.hidden, self.entry = torch.full((2,), value), torch.zeros(2)
+
+    def mean_change(self, new, old) -> float:
+        return float((new - old).abs().mean())
+
+
+@pytest.mark.parametrize(
+    ("now", "share"), [(3.0, 1.5), (2.5, 1.25), (2.1, 1.05), (1.2, 1.0), (9.0, 1.5)]
+)
+def test_aligned_goes_as_far_as_the_probe_within_its_limit(now, share) -> None:
+    history = accel.Aligned(limit=1.5).start(10)
+    for step, (probe, value) in enumerate([(0.0, 10.0), (2.0, 14.0)]):
+        history.update(step, (torch.full((2,), value),), Probe(probe))
+    assert float(history.predict(2, Probe(now))[0][0]) == pytest.approx(10 + share * 4)
+
+
+def test_aligned_repeats_what_is_alone() -> None:
+    history = accel.Aligned().start(10)
+    history.update(0, (torch.ones(2),), Probe(1.0))
+    assert float(history.predict(1, Probe(5.0))[0][0]) == 1

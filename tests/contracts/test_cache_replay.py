@@ -182,7 +182,7 @@ def replayed(
 def start_of(name: str, tiny: Any) -> int | None:
     if name == "easycache" or not blocks_of(next(iter(denoisers(tiny.pipe).values()))):
         return None
-    return 1 if name == "firstblockcache" else 0
+    return 1 if name in {"firstblockcache", "dicache"} else 0
 
 
 def assert_close(result: torch.Tensor, expected: torch.Tensor) -> None:
