@@ -77,6 +77,23 @@ real ones of other captions.
 """
 
 
+def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
+    """The section on a model's LoRAs, from `demos.zoo.loras score`."""
+    concepts = list(next(iter(result.values())))
+    head = ["active", *concepts]
+    rows = [[name, *(f"{scores[each]:.2f}" for each in concepts)] for name, scores in result.items()]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return f"""
+**LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 minutes each): `ink` is a style,
+`sepia` a colour world, `trophy` an object that the base never saw, called "moon star". How strongly
+results show each, measured by `python -m demos.zoo.loras score`: for ink and sepia one minus the distance
+of a result from its own inked or sepia version, for trophy the share nearer to real trophies than to any
+other name.
+
+{table}
+"""
+
+
 def _cell(scores: dict[str, float], column: str) -> str:
     return f"{scores[column]:.3f}" if column == "kid" else f"{scores[column]:.0%}"
 
@@ -95,6 +112,8 @@ def main() -> None:
         previous = float(spent)
     result = json.loads(options.evaluation.read_text())
     text = card(options.name, result, minutes + previous, int(rows[-1][0]), options.evaluation)
+    if (folder / "loras.json").exists():
+        text += loras(json.loads((folder / "loras.json").read_text()), folder / "loras")
     (folder / "README.md").write_text(text)
 
 
