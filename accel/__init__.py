@@ -45,6 +45,7 @@ __all__ = [
     "Aligned",
     "BlockCaching",
     "Chebyshev",
+    "DPCache",
     "DeepCache",
     "DeltaDiT",
     "DiCache",

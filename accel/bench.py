@@ -81,6 +81,7 @@ def settings_of(name: str) -> list[Any]:
         "blockcaching": [{"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.4}],
         "foresight": [{"gamma": 0.5}, {"gamma": 1.0}, {"gamma": 2.0}],
         "dicache": [{"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}],
+        "dpcache": [{"share": 0.5}, {"share": 0.3}, {"share": 0.2}],
         "deltadit": [{"interval": 2}, {"interval": 3}, {"interval": 2, "reuse": newton}],
         "deepcache": [{"interval": 2}, {"interval": 3}, {"interval": 3, "reuse": newton}],
         "spectrum": [{"growth": 0.25}, {"growth": 0.75}, {"growth": 2}],

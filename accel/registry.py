@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "blockcaching": "accel.caches.block_caching:BlockCaching",
     "foresight": "accel.caches.foresight:Foresight",
     "dicache": "accel.caches.di_cache:DiCache",
+    "dpcache": "accel.caches.dp_cache:DPCache",
     "deltadit": "accel.caches.delta_dit:DeltaDiT",
     "deepcache": "accel.caches.deep_cache:DeepCache",
     "spectrum": "accel.caches.spectrum:Spectrum",

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.caches.approximators import HoldResidual
+from accel.caches.schedules import Cycle
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_count
-from accel.site import Approximator, Computed, Signals, StepContext
+from accel.site import Approximator
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,5 @@ class DeepCache:
         check(self.branch < len(spans), self, "branch", f"below {len(spans)} for this U-Net")
         start, stop = spans[self.branch]
         return denoiser.cache(
-            lambda _: _Cycle(self.interval), self.reuse, start, stop, "DeepCache", keeps_output=True
+            lambda _: Cycle(self.interval), self.reuse, start, stop, "DeepCache", keeps_output=True
         )
-
-
-class _Cycle:
-    def __init__(self, interval: int) -> None:
-        self.interval = interval
-
-    def skip(self, context: StepContext, signals: Signals) -> bool:
-        return context.step % self.interval != 0
-
-    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        pass

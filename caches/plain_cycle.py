@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from accel.caches.approximators import HoldResidual
+from accel.caches.schedules import Cycle
 from accel.denoiser import Denoiser
 from accel.method import Handle, check, is_count
-from accel.site import Approximator, Computed, Signals, StepContext
+from accel.site import Approximator
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,6 @@ class PlainCycle:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the block chain, or to the whole denoiser when there is none."""
-        return denoiser.cache_widest(lambda _: _Cycle(self), self.reuse, "PlainCycle")
-
-
-class _Cycle:
-    def __init__(self, settings: PlainCycle) -> None:
-        self.settings = settings
-
-    def skip(self, context: StepContext, signals: Signals) -> bool:
-        past = context.step - self.settings.warmup
-        return past >= 0 and (past + 1) % self.settings.interval != 0
-
-    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        pass
+        return denoiser.cache_widest(
+            lambda _: Cycle(self.interval, self.warmup), self.reuse, "PlainCycle"
+        )

@@ -8,9 +8,10 @@ from itertools import chain, zip_longest
 from typing import ClassVar
 
 from accel.caches.approximators import HoldResidual
+from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import Handle, check
-from accel.site import Approximator, Computed, Signals, StepContext
+from accel.site import Approximator
 
 PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "slow": ((8, 3, 3, 2, 1, 1), (1, 2, 2, 2, 3)),
@@ -45,7 +46,7 @@ class StepMask:
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the block chain, or to the whole denoiser when there is none."""
         entries = preset(self.mask) if isinstance(self.mask, str) else self.mask
-        return denoiser.cache_widest(lambda _: _Mask(entries), self.reuse, "StepMask")
+        return denoiser.cache_widest(lambda _: Table(entries), self.reuse, "StepMask")
 
 
 def preset(name: str) -> tuple[int, ...]:
@@ -53,15 +54,3 @@ def preset(name: str) -> tuple[int, ...]:
     computed, reused = PRESETS[name]
     runs: Iterable[tuple[int, int]] = zip_longest(computed, reused, fillvalue=0)
     return tuple(chain.from_iterable((1,) * ones + (0,) * zeros for ones, zeros in runs))
-
-
-class _Mask:
-    def __init__(self, entries: tuple[int, ...]) -> None:
-        self.entries = entries
-
-    def skip(self, context: StepContext, signals: Signals) -> bool:
-        place = context.place * len(self.entries) // context.schedule
-        return self.entries[place] == 0
-
-    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        pass

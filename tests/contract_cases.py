@@ -19,6 +19,7 @@ ACTIVE: dict[str, Any] = {
     "blockcaching": {"threshold": 0.15, "changes": ((0.0, 0.1, 0.1),)},
     "foresight": {"gamma": 1e6},
     "dicache": {"threshold": 1e6, "warmup": 0.3, "reuse": HoldResidual()},
+    "dpcache": {"schedule": (1, 1, 0, 1), "reuse": HoldResidual()},
     "deltadit": {"interval": 2, "boundary": 0.5},
     "deepcache": {"interval": 2},
     "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},
@@ -33,6 +34,7 @@ IDENTITY: dict[str, Any] = {
     "blockcaching": {"threshold": 0, "changes": ((0.0, 0.1),)},
     "foresight": {"gamma": 0},
     "dicache": {"threshold": 0},
+    "dpcache": {"schedule": (1,)},
     "deltadit": {"interval": 1},
     "deepcache": {"interval": 1},
     "spectrum": {"window": 1, "growth": 0.0},
@@ -46,7 +48,16 @@ GENERAL = [name for name in METHODS if name not in UNET_ONLY]
 """Methods for every transformer."""
 ONE_SPAN = [name for name in GENERAL if name not in {"blockcaching", "foresight", "deltadit"}]
 """Methods that skip one span, the same at every step."""
-STATIC = {"blockcaching", "deepcache", "deltadit", "magcache", "plaincycle", "spectrum", "stepmask"}
+STATIC = {
+    "blockcaching",
+    "deepcache",
+    "deltadit",
+    "dpcache",
+    "magcache",
+    "plaincycle",
+    "spectrum",
+    "stepmask",
+}
 
 
 def applies(method: str, family: str) -> bool:

@@ -15,7 +15,7 @@ from accel import registry
 ROOT = Path(__file__).parent.parent
 PARTS = ("caches", "samplers", "kernels", "pipelines")
 CONTRACTS = {"method", "family", "clock", "hooks", "site", "chain", "denoiser", "report"}
-SHARED = {"accel.caches.approximators"}
+SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
 
 
 def sources() -> list[Path]:

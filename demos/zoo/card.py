@@ -81,7 +81,9 @@ def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
     """The section on a model's LoRAs, from `demos.zoo.loras score`."""
     concepts = list(next(iter(result.values())))
     head = ["active", *concepts]
-    rows = [[name, *(f"{scores[each]:.2f}" for each in concepts)] for name, scores in result.items()]
+    rows = [
+        [name, *(f"{scores[each]:.2f}" for each in concepts)] for name, scores in result.items()
+    ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
     return f"""
 **LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 minutes each): `ink` is a style,

@@ -5,6 +5,7 @@ import torch
 from tiny_pipelines import TINY, run
 
 import accel
+from accel.caches.schedules import Table
 from accel.caches.step_mask import preset
 from accel.site import Branch, StepContext
 
@@ -49,17 +50,13 @@ def test_spectrum_computes_the_published_steps(growth, later) -> None:
     ],
 )
 def test_step_mask_presets_are_the_published_masks(name, steps) -> None:
-    from accel.caches.step_mask import _Mask
-
     entries = preset(name)
     assert "".join("sC"[entry] for entry in entries) == steps
-    assert computed_steps(_Mask(entries), 28) == [i for i, c in enumerate(steps) if c == "C"]
+    assert computed_steps(Table(entries), 28) == [i for i, c in enumerate(steps) if c == "C"]
 
 
 def test_step_mask_stretches_over_a_longer_run() -> None:
-    from accel.caches.step_mask import _Mask
-
-    assert computed_steps(_Mask((1, 0, 1)), 6) == [0, 1, 4, 5]
+    assert computed_steps(Table((1, 0, 1)), 6) == [0, 1, 4, 5]
 
 
 def test_spectrum_extrapolates_in_a_real_run() -> None:

@@ -1,0 +1,181 @@
+"""DPCache: the best fixed schedule for a budget, by dynamic programming over one full run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from accel.caches.approximators import HoldResidual, Newton
+from accel.caches.schedules import Table
+from accel.denoiser import Denoiser
+from accel.method import AccelError, Handle, check, is_number
+from accel.site import Approximator, Branch, Computed, Signals, StepContext
+
+logger = logging.getLogger(__name__)
+Costs = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DPCache:
+    """Compute a `share` of the steps: those from which all others are forecast best.
+
+    "DPCache", CVPR 2026, and with `objective` "max" LeMiCa's minimax path. The first run is computed
+    in full; the products of its residuals give the squared error of every forecast from every pair
+    of steps, relative to the residual, without another run. Dynamic programming over pairs then
+    finds the steps with the least sum ("sum") or the least maximum ("max") of errors.
+
+    `schedule`: ones (compute) and zeros, when known; scaled to other step counts. The forecast that
+    is optimised is the line through the last two computed residuals, or the last one alone with
+    `HoldResidual`; other approximators run on the line's schedule. Differs from the papers: one run
+    instead of dozens, the first branch's residuals alone, and no code was public to compare with.
+    Static: rows of a batch are independent. The measuring run holds one residual for each step.
+    """
+
+    slot: ClassVar[str] = "stack"
+
+    share: float = 0.3
+    objective: str = "sum"
+    schedule: tuple[int, ...] | None = None
+    reuse: Approximator = Newton(1)
+
+    def __post_init__(self) -> None:
+        check(is_number(self.share) and 0 < self.share <= 1, self, "share", "in (0, 1]")
+        check(self.objective in ("sum", "max"), self, "objective", '"sum" or "max"')
+        if self.schedule is not None and (
+            not self.schedule
+            or self.schedule[0] != 1
+            or any(entry not in (0, 1) for entry in self.schedule)
+        ):
+            raise AccelError("DPCache(schedule=…): 0s and 1s, the first of them a 1")
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the first run measures instead of reusing."""
+        return self.schedule is None
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to the block chain, or to the whole denoiser when there is none."""
+        found, products = list(self.schedule or ()), _Products()
+
+        def settle() -> None:
+            if not found and products.run == denoiser.clock.completed and len(products.rows) > 1:
+                line = not isinstance(self.reuse, HoldResidual)
+                costs = forecast_costs(products.matrix(), line)
+                computes = max(round(self.share * len(costs)), 2)
+                steps = best_steps(costs, computes, self.objective == "max")
+                found.extend(products.schedule(steps))
+
+        def policy(branch: Branch) -> Table | _Products | _Compute:
+            settle()
+            if found:
+                return Table(tuple(found))
+            return products.begin(denoiser.clock.run) if branch.ordinal == 0 else _Compute()
+
+        def settled() -> DPCache:
+            settle()
+            return replace(self, schedule=tuple(found) or None)
+
+        if not found:
+            logger.info(
+                "DPCache: no schedule known; the first run is computed in full and measured"
+            )
+        return denoiser.cache_widest(policy, self.reuse, "DPCache").settling(settled)
+
+
+class _Compute:
+    """Skips nothing."""
+
+    def skip(self, context: StepContext, signals: Signals) -> bool:
+        return False
+
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
+        pass
+
+
+class _Products(_Compute):
+    """Inner products of all residuals of one run; one host transfer a step."""
+
+    def __init__(self) -> None:
+        self.begin(-1)
+
+    def begin(self, run: int) -> _Products:
+        self.run = run
+        self.residuals: list[torch.Tensor] = []
+        self.rows: list[list[float]] = []
+        self.places: list[int] = []
+        return self
+
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
+        new = site.kept[0]
+        assert new is not None  # a span is remembered only with its hidden states
+        self.residuals.append(new)
+        self.places.append(context.place)
+        self.total = context.schedule
+        flat = new.float().flatten()
+        self.rows.append(
+            torch.stack([flat @ old.float().flatten() for old in self.residuals]).tolist()
+        )
+        if context.last:
+            self.residuals = []
+
+    def schedule(self, steps: list[int]) -> list[int]:
+        """Ones and zeros for the scheduler's whole schedule; steps that did not run here are 1."""
+        entries = [1] * self.total
+        for index, place in enumerate(self.places):
+            entries[place] = int(index in steps)
+        return entries
+
+    def matrix(self) -> Costs:
+        """The Gram matrix, (steps, steps)."""
+        lower = np.zeros((len(self.rows), len(self.rows)))
+        for step, row in enumerate(self.rows):
+            lower[step, : len(row)] = row
+        return np.tril(lower) + np.tril(lower, -1).T
+
+
+def forecast_costs(gram: Costs, line: bool) -> Costs:
+    """Squared relative error of step s forecast from computed steps i < j: entry [i, j, s].
+
+    `line`: by the line through both, else by the residual of j alone. Entries with i = j forecast
+    from one step. 0 for s ≤ j.
+    """
+    count = len(gram)
+    i, j, s = np.meshgrid(*[np.arange(count)] * 3, indexing="ij")
+    ahead = np.where(i < j, (s - j) / np.maximum(j - i, 1), 0.0) if line else np.zeros(i.shape)
+    new, old = 1 + ahead, -ahead
+    error = (
+        gram[s, s]
+        - 2 * (new * gram[s, j] + old * gram[s, i])
+        + new**2 * gram[j, j]
+        + old**2 * gram[i, i]
+        + 2 * new * old * gram[i, j]
+    )
+    return np.where(s > j, np.maximum(error, 0) / np.maximum(gram[s, s], 1e-12), 0.0)
+
+
+def best_steps(costs: Costs, computes: int, minimax: bool) -> list[int]:
+    """The `computes` steps, 0 among them, from which the others are forecast best."""
+    count = len(costs)
+    join = np.maximum if minimax else np.add
+    gather = np.maximum.accumulate(costs, axis=2) if minimax else np.cumsum(costs, axis=2)
+    until = np.concatenate((np.zeros((count, count, 1)), gather), axis=2)  # errors before step n
+    best = np.full((count, count), np.inf)
+    best[0, 0] = 0.0
+    trail = []
+    later = np.arange(count)[None, None, :] > np.arange(count)[None, :, None]
+    for _ in range(computes - 1):
+        reached = np.where(later, join(best[:, :, None], until[:, :, :count]), np.inf)
+        trail.append(reached.argmin(axis=0))
+        best = reached.min(axis=0)
+    ends = join(best, until[:, :, count])
+    i, j = (int(place) for place in np.unravel_index(ends.argmin(), ends.shape))
+    steps = [j]
+    for came_from in reversed(trail):
+        steps.append(i)
+        i, j = int(came_from[i, j]), i
+    return steps[::-1]
