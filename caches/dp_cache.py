@@ -24,8 +24,8 @@ Costs = NDArray[np.float64]
 class DPCache:
     """Compute a `share` of the steps: those from which all others are forecast best.
 
-    "DPCache", CVPR 2026, and with `objective` "max" LeMiCa's minimax path. The first run is computed
-    in full; the products of its residuals give the squared error of every forecast from every pair
+    "DPCache", CVPR 2026; with `objective` "max" LeMiCa's minimax path. The first run is computed in
+    full; the products of its residuals give the squared error of every forecast from every pair
     of steps, relative to the residual, without another run. Dynamic programming over pairs then
     finds the steps with the least sum ("sum") or the least maximum ("max") of errors.
 
@@ -81,9 +81,7 @@ class DPCache:
             return replace(self, schedule=tuple(found) or None)
 
         if not found:
-            logger.info(
-                "DPCache: no schedule known; the first run is computed in full and measured"
-            )
+            logger.info("DPCache: no schedule known; the first run is computed and measured")
         return denoiser.cache_widest(policy, self.reuse, "DPCache").settling(settled)
 
 
