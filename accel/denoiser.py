@@ -17,6 +17,7 @@ from accel.family import ENCODER, HIDDEN, Arguments, Family
 from accel.hooks import is_compiled_whole, override
 from accel.method import AccelError, Handle
 from accel.report import StepRow
+from accel.signals import SpanSignals
 from accel.site import (
     Approximator,
     Branch,
@@ -28,7 +29,6 @@ from accel.site import (
     SiteState,
     Streams,
     add,
-    mean_change,
     residual,
 )
 
@@ -244,7 +244,7 @@ class Denoiser:
         if index is None:
             return self._run(forward, run)
         latent = arguments.get(self.family.latent)
-        signals = _Signals(self, forward, latent)
+        signals = SpanSignals(self, forward, latent)
         state = forward.state.sites[index]
         if forward.decide(index, signals):
             (value,) = state.history.predict(forward.step, signals)
@@ -303,11 +303,11 @@ class Denoiser:
         if index == site.start:
             forward.inputs[number] = chain.inputs(arguments)
             if chain.known(index) and forward.entry:
-                forward.decide(number, _Signals(self, forward, forward.inputs[number][0]))
+                forward.decide(number, SpanSignals(self, forward, forward.inputs[number][0]))
         if number in forward.skipping:
             if not last:
                 return chain.pass_on(index, chain.inputs(arguments))
-            signals = _Signals(self, forward, forward.inputs[number][0])
+            signals = SpanSignals(self, forward, forward.inputs[number][0])
             forecast = state.history.predict(forward.step, signals)
             if not site.keeps_output:
                 inputs = chain.relayout(forward.inputs[number], arguments.get(HIDDEN))
@@ -326,7 +326,7 @@ class Denoiser:
         keeps_output = self._sites[number].keeps_output
         kept = outputs if keeps_output else residual(outputs, inputs)
         if kept[0] is not None:
-            signals = _Signals(self, forward, entered[0])
+            signals = SpanSignals(self, forward, entered[0])
             forward.remember(number, signals, Computed(inputs, outputs, kept))
 
     def _site_of(self, index: int) -> tuple[int, Site | None]:
@@ -334,41 +334,6 @@ class Denoiser:
             if site.stop is not None and site.start <= index < site.stop:
                 return number, site
         return -1, None
-
-
-class _Signals:
-    """What a policy may look at; see `accel.site.Signals`."""
-
-    def __init__(self, denoiser: Denoiser, forward: Forward, hidden: Any) -> None:
-        self._denoiser, self._forward = denoiser, forward
-        self.hidden = hidden
-
-    @property
-    def entry(self) -> Any:
-        if not self._forward.entry:
-            raise AccelError("what looks at a probe of first blocks cannot skip whole calls")
-        entry = self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
-        if entry is not None and entry.shape != self.hidden.shape:
-            raise AccelError(
-                f"the blocks before this span of {type(self._denoiser.module).__name__} change "
-                "the shape of the hidden states; let it begin earlier"
-            )
-        return entry
-
-    @property
-    def observed(self) -> Any:
-        observer = self._denoiser.family.observer
-        if observer is None:
-            return self._forward.entry[0]
-        return observer(self._denoiser.chain.blocks[0], self._forward.entry_arguments)
-
-    def relative_change(self, new: Any, old: Any) -> float:
-        return self.mean_change(new, old, old)
-
-    def mean_change(self, new: Any, old: Any, scale: Any = None) -> float:
-        parallel = getattr(self._denoiser.module, "_parallel_config", None)
-        group = torch.distributed.group.WORLD if parallel is not None else None
-        return mean_change(new, old, scale, group)
 
 
 def _describe(value: Any) -> Any:

@@ -14,7 +14,7 @@ from accel import registry
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("caches", "samplers", "kernels", "pipelines")
-CONTRACTS = {"method", "family", "clock", "hooks", "site", "chain", "denoiser", "report"}
+CONTRACTS = {"method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"}
 SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
 
 

@@ -1,0 +1,52 @@
+"""The tensors of one denoiser call that a policy or a forecast may look at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from accel.method import AccelError
+from accel.site import Forward, mean_change
+
+if TYPE_CHECKING:
+    from accel.denoiser import Denoiser
+
+
+class SpanSignals:
+    """What a policy may look at; see `accel.site.Signals`."""
+
+    def __init__(self, denoiser: Denoiser, forward: Forward, hidden: Any) -> None:
+        self._denoiser, self._forward = denoiser, forward
+        self.hidden = hidden
+
+    @property
+    def entry(self) -> Any:
+        """The chain's input in the layout of `hidden`."""
+        if not self._forward.entry:
+            raise AccelError("what looks at a probe of first blocks cannot skip whole calls")
+        entry = self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
+        if entry is not None and entry.shape != self.hidden.shape:
+            raise AccelError(
+                f"the blocks before this span of {type(self._denoiser.module).__name__} change "
+                "the shape of the hidden states; let it begin earlier"
+            )
+        return entry
+
+    @property
+    def observed(self) -> Any:
+        """The tensor that the family's observer watches."""
+        observer = self._denoiser.family.observer
+        if observer is None:
+            return self._forward.entry[0]
+        return observer(self._denoiser.chain.blocks[0], self._forward.entry_arguments)
+
+    def relative_change(self, new: Any, old: Any) -> float:
+        """mean|new − old| / mean|old|, the same on every rank."""
+        return self.mean_change(new, old, old)
+
+    def mean_change(self, new: Any, old: Any, scale: Any = None) -> float:
+        """mean|new − old|, over mean|scale| when given, the same on every rank."""
+        parallel = getattr(self._denoiser.module, "_parallel_config", None)
+        group = torch.distributed.group.WORLD if parallel is not None else None
+        return mean_change(new, old, scale, group)
