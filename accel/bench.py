@@ -59,35 +59,9 @@ class Candidate:
 
 
 def settings_of(name: str) -> list[Any]:
-    """The settings of a method that the benchmark tries, mild to strong."""
+    """The settings that a method wants tried, mild to strong."""
     make = registry.method(name)
-    newton, taylor = accel.Newton(1), accel.Taylor(1)
-    grid: dict[str, list[dict[str, Any]]] = {
-        "magcache": [
-            {"threshold": 0.06, "max_skips": 2},
-            {"threshold": 0.12},
-            {"threshold": 0.12, "reuse": newton},
-            {"threshold": 0.24, "max_skips": 6},
-        ],
-        "firstblockcache": [{"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}],
-        "easycache": [{"threshold": 0.02}, {"threshold": 0.05}, {"threshold": 0.1}],
-        "teacache": [{"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.3}],
-        "plaincycle": [
-            {"interval": 2},
-            {"interval": 2, "reuse": newton},
-            {"interval": 3, "reuse": taylor, "warmup": 3},
-            {"interval": 4, "reuse": taylor, "warmup": 3},
-        ],
-        "blockcaching": [{"threshold": 0.1}, {"threshold": 0.2}, {"threshold": 0.4}],
-        "foresight": [{"gamma": 0.5}, {"gamma": 1.0}, {"gamma": 2.0}],
-        "dicache": [{"threshold": 0.05}, {"threshold": 0.1}, {"threshold": 0.2}],
-        "dpcache": [{"share": 0.5}, {"share": 0.3}, {"share": 0.2}],
-        "deltadit": [{"interval": 2}, {"interval": 3}, {"interval": 2, "reuse": newton}],
-        "deepcache": [{"interval": 2}, {"interval": 3}, {"interval": 3, "reuse": newton}],
-        "spectrum": [{"growth": 0.25}, {"growth": 0.75}, {"growth": 2}],
-        "stepmask": [{"mask": "slow"}, {"mask": "medium", "reuse": newton}, {"mask": "fast"}],
-    }
-    return [make(**settings) for settings in grid[name]]
+    return [make(**settings) for settings in make.trials]
 
 
 class Bench:
@@ -218,7 +192,7 @@ def block_cost(blocks: int = 40, rounds: int = 300) -> float:
     denoiser = Denoiser("stub", stub, Family("stub", (Stack("blocks"),)), clock)
 
     def seconds() -> float:
-        clock.begin(rounds)
+        clock.begin([0.0] * rounds)
         began = time.perf_counter()
         for _ in range(rounds):
             stub(x)

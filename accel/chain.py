@@ -28,7 +28,7 @@ class Chain:
         self.streams = _streams([stack for _, stack in entries])
         self._family = family
         self._owner = type(module).__name__
-        self._stacks = [stack for _, stack in entries]
+        self.stacks = [stack for _, stack in entries]
         self._names = [
             tuple(HIDDEN if name == stack.hidden else name for name in parameters(block))
             for block, stack in entries
@@ -56,38 +56,38 @@ class Chain:
         """Streams in the form that block `index` returns."""
         by_name = dict(zip(self.streams, streams, strict=True))
         values = tuple(by_name[name] for name in self._order(index))
-        return values[0] if len(values) == 1 and not self._stacks[index].wrapped else values
+        return values[0] if len(values) == 1 and not self.stacks[index].wrapped else values
 
     def pass_on(self, index: int, streams: Streams) -> Any:
         """What block `index` returns where it is skipped and what follows it too."""
         hidden = streams[0]
-        if self._stacks[index].reshapes and hidden is not None:
+        if self.stacks[index].reshapes and hidden is not None:
             shape = (hidden.shape[0], *self._shapes[index][1:])
             streams = (hidden.new_zeros(()).expand(shape), *streams[1:])
         return self.pack(index, streams)
 
     def keeps_shape(self, index: int) -> bool:
         """Whether block `index` returns hidden states of the shape it took."""
-        return not self._stacks[index].reshapes
+        return not self.stacks[index].reshapes
 
     def known(self, index: int) -> bool:
         """Whether the order of what block `index` returns is known."""
-        stack = self._stacks[index]
+        stack = self.stacks[index]
         return stack.outputs is not None or stack.name in self._learned
 
     def _order(self, index: int) -> tuple[str, ...]:
-        stack = self._stacks[index]
+        stack = self.stacks[index]
         return stack.outputs or self._learned[stack.name]
 
     def learn(self, index: int, arguments: Arguments, output: Any) -> Any:
         """Watch a computed block: shapes, and the order of an undescribed stack's streams."""
-        if self._stacks[index].reshapes:
+        if self.stacks[index].reshapes:
             hidden = self.outputs(index, output)[0]
             assert hidden is not None
             self._shapes[index] = hidden.shape
         if self.known(index):
             return output
-        name = self._stacks[index].name
+        name = self.stacks[index].name
         values = (output,) if isinstance(output, torch.Tensor) else tuple(output)
         previous, self._last = self._last, (name, values)
         if previous is None or previous[0] != name:

@@ -16,23 +16,31 @@ class StepClock:
 
     step: int | None = None
     total: int = 0
-    schedule: int = 0
-    """Length of the scheduler's whole schedule; longer than `total` for image-to-image."""
+    timesteps: list[float] = field(default_factory=list)
+    """The scheduler's whole schedule; longer than `total` for image-to-image."""
+    log_snr: list[float] = field(default_factory=list)
+    """log(signal/noise) at each of `timesteps`."""
     run: int = 0
     completed: int = 0
     """Number of the last run that made all its steps."""
     listeners: list[Callable[[], None]] = field(default_factory=list)
 
-    def begin(self, total: int) -> None:
-        """A new run of `total` steps: everybody forgets."""
+    @property
+    def schedule(self) -> int:
+        """Length of the scheduler's whole schedule."""
+        return len(self.timesteps)
+
+    def begin(self, timesteps: list[float], log_snr: list[float] | None = None) -> None:
+        """A new run over these timesteps: everybody forgets."""
         self.run += 1
-        self.step, self.total, self.schedule = 0, total, total
+        self.step, self.total, self.timesteps = 0, len(timesteps), timesteps
+        self.log_snr = log_snr or [0.0] * len(timesteps)
         for forget in self.listeners:
             forget()
 
-    def shorten(self, total: int, schedule: int) -> None:
+    def shorten(self, total: int) -> None:
         """The loop makes only the last `total` steps of the schedule (known at its first step)."""
-        self.total, self.schedule = total, schedule
+        self.total = total
 
     def advance(self) -> None:
         """The scheduler finished a step."""

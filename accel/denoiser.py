@@ -70,7 +70,8 @@ class Denoiser:
         self._context: str | None = None
         self._calls: dict[str | None, int] = {}
         self._call_step: tuple[int, int | None] = (-1, None)
-        self._forward: Forward | None = None
+        self.forward: Forward | None = None
+        """The call in flight."""
         self._undo: Callable[[], None] | None = None
         self._block_undo: list[Callable[[], None]] = []
 
@@ -107,11 +108,11 @@ class Denoiser:
                 f"{method}: blocks [{start}, {end}) are not a part of the {count} blocks of "
                 f"{type(self.module).__name__}"
             )
-        return self._add(Site(start, end, policy, reuse, keeps_output))
+        return self.add(Site(start, end, policy, reuse, keeps_output))
 
     def cache_model(self, policy: Callable[[Branch], Policy], reuse: Approximator) -> Handle:
         """Let `policy` skip whole calls of the denoiser; the residual is output minus latent."""
-        return self._add(Site(0, None, policy, reuse))
+        return self.add(Site(0, None, policy, reuse))
 
     def cache_widest(
         self, policy: Callable[[Branch], Policy], reuse: Approximator, method: str
@@ -121,17 +122,33 @@ class Denoiser:
             return self.cache(policy, reuse, method=method)
         return self.cache_model(policy, reuse)
 
-    def _add(self, site: Site) -> Handle:
+    def need_transformer(self, method: str) -> None:
+        """Raise `AccelError` unless every block of the chain keeps its input's shape."""
+        if not all(self.chain.keeps_shape(index) for index in range(len(self.chain.blocks))):
+            raise AccelError(
+                f"{method} needs a transformer; the layers of {type(self.module).__name__} change "
+                "the shape of the hidden states"
+            )
+
+    def add(self, site: Site, hook: Callable[[], Callable[[], None]] | None = None) -> Handle:
+        """Let a site act; `hook` puts in place what calls it, and returns the undo."""
         self._sites.append(site)
+        handles = [Handle(lambda: self._drop(site))]
         try:
             self._hook()
+            if hook is not None:
+                handles.append(Handle(hook()))
         except BaseException:
             self._drop(site)
             raise
-        return Handle(partial(self._drop, site))
+        return Handle.together(handles)
+
+    def number(self, site: Site) -> int:
+        """The place of a site's state in `BranchState.sites`."""
+        return next(number for number, each in enumerate(self._sites) if each is site)
 
     def _drop(self, site: Site) -> None:
-        self._sites.remove(site)
+        del self._sites[self.number(site)]
         self.forget()
         if not self.skips_blocks:
             while self._block_undo:
@@ -143,7 +160,7 @@ class Denoiser:
     @property
     def skips_blocks(self) -> bool:
         """Whether any site is a range of blocks."""
-        return any(site.stop is not None for site in self._sites)
+        return any(site.stop for site in self._sites)
 
     def _hook(self) -> None:
         """Override what the sites need: the denoiser, and its blocks when a site is a range."""
@@ -167,7 +184,7 @@ class Denoiser:
     def forget(self) -> None:
         """Drop every cached tensor and every policy's state."""
         self._branches.clear()
-        self._forward = None
+        self.forward = None
         self.chain.forget()
 
     def _adapters_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -226,14 +243,14 @@ class Denoiser:
             self.first_call()
         arguments = Arguments(self._names, args, kwargs)
         place = step + clock.schedule - clock.total
-        forward = Forward(self._state(arguments), step, clock.total, place, clock.schedule)
-        self._forward = forward
+        forward = Forward(self._state(arguments), step, clock.total, place, clock, arguments)
+        self.forward = forward
         began = time.perf_counter()
         try:
             run = partial(original, *args, **kwargs)
             output = self._through_model_sites(forward, arguments, run)
         finally:
-            self._forward = None
+            self.forward = None
         self._record(forward, time.perf_counter() - began)
         return output
 
@@ -260,7 +277,7 @@ class Denoiser:
 
     def _run(self, forward: Forward, run: Callable[[], Any]) -> Any:
         output = run()
-        if not self.skips_blocks:
+        if not forward.blocks:
             forward.blocks = forward.blocks_run = max(len(self.chain.blocks), 1)
         return output
 
@@ -288,7 +305,7 @@ class Denoiser:
     # --- a block call --------------------------------------------------------------------------
 
     def _block(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        forward, chain = self._forward, self.chain
+        forward, chain = self.forward, self.chain
         if forward is None:
             return original(*args, **kwargs)
         forward.blocks += 1
@@ -299,7 +316,7 @@ class Denoiser:
         if site is None or site.stop is None:
             forward.blocks_run += 1
             return chain.learn(index, arguments, original(*args, **kwargs))
-        state, last = forward.state.sites[number], index == site.stop - 1
+        last = index == site.stop - 1
         if index == site.start:
             forward.inputs[number] = chain.inputs(arguments)
             if chain.known(index) and forward.entry:
@@ -307,17 +324,30 @@ class Denoiser:
         if number in forward.skipping:
             if not last:
                 return chain.pass_on(index, chain.inputs(arguments))
-            signals = SpanSignals(self, forward, forward.inputs[number][0])
-            forecast = state.history.predict(forward.step, signals)
-            if not site.keeps_output:
-                inputs = chain.relayout(forward.inputs[number], arguments.get(HIDDEN))
-                forecast = add(inputs, forecast)
-            return chain.pack(index, forecast)
+            run = partial(original, *args, **kwargs)
+            return self._stand_in(forward, number, arguments, run)
         forward.blocks_run += 1
         output = chain.learn(index, arguments, original(*args, **kwargs))
         if last and chain.known(index) and number in forward.inputs and forward.entry:
             self._remember(forward, number, chain.outputs(index, output))
         return output
+
+    def _stand_in(
+        self, forward: Forward, number: int, arguments: Arguments, run: Callable[[], Any]
+    ) -> Any:
+        """What the last block of the skipped site `number` returns; `run` would compute it."""
+        site, entered = self._sites[number], forward.inputs[number]
+        assert site.stop  # a range of blocks
+        last = site.stop - 1
+
+        def compute() -> Streams:
+            forward.blocks_run += 1
+            return self.chain.outputs(last, run())
+
+        forecast = forward.forecast(number, SpanSignals(self, forward, entered[0]), compute)
+        if not site.keeps_output:
+            forecast = add(self.chain.relayout(entered, arguments.get(HIDDEN)), forecast)
+        return self.chain.pack(last, forecast)
 
     def _remember(self, forward: Forward, number: int, outputs: Streams) -> None:
         """The last block of site `number` was computed, and so was its first."""
@@ -331,7 +361,7 @@ class Denoiser:
 
     def _site_of(self, index: int) -> tuple[int, Site | None]:
         for number, site in enumerate(self._sites):
-            if site.stop is not None and site.start <= index < site.stop:
+            if site.stop and site.start <= index < site.stop:
                 return number, site
         return -1, None
 

@@ -76,7 +76,9 @@ class Family:
     `interleaved`: blocks of the stacks alternate (Latte) instead of following each other.
     `relayout(x, like)`: bring a tensor in the first block's layout into that of `like`.
     `blocks(denoiser)`: the chain, where it is not made of lists; `spans(denoiser)`: spans of a
-    U-Net's chain that lie inside each skip connection, outermost first.
+    U-Net's chain that lie inside each skip connection, outermost first. `grid(arguments)`: frames,
+    rows and columns of tokens, where the latent's shape does not tell; `frames_first`: latents are
+    (batch, frames, channels, height, width).
     """
 
     name: str
@@ -88,6 +90,8 @@ class Family:
     latent: str = HIDDEN
     blocks: Callable[[Any], list[tuple[Any, Stack]]] | None = None
     spans: Callable[[Any], list[tuple[int, int]]] | None = None
+    grid: Callable[[Arguments], tuple[int, int, int]] | None = None
+    frames_first: bool = False
 
     def chain(self, denoiser: Any) -> list[tuple[Any, Stack]]:
         """The blocks in calling order, each with its stack."""

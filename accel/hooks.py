@@ -115,10 +115,7 @@ def is_compiled_whole(module: Any) -> bool:
     )
 
 
-def call_length(pipe: Any, scheduler: Any) -> tuple[int, int]:
-    """`(steps this call makes, length of the full schedule)`; they differ for image-to-image."""
-    full = len(scheduler.timesteps)
+def call_length(pipe: Any, schedule: int) -> int:
+    """How many steps of the scheduler's `schedule` this call makes; fewer for image-to-image."""
     made = getattr(pipe, "_num_timesteps", None)
-    if isinstance(made, int) and 0 < made <= full:
-        return made, full
-    return full, full
+    return made if isinstance(made, int) and 0 < made <= schedule else schedule

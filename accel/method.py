@@ -54,9 +54,11 @@ class Method(Protocol):
     """A published way to be faster: a frozen dataclass of settings that can attach itself.
 
     `slot` names what the method changes; two methods of one slot cannot share a pipeline.
+    `trials` are the settings that benchmarks and calibration try, mild to strong.
     """
 
     slot: ClassVar[str]
+    trials: ClassVar[tuple[dict[str, Any], ...]]
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to one denoiser; raise `AccelError` when the method does not apply to it."""

@@ -12,6 +12,7 @@ from typing import Any
 from accel import registry
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
+from accel.geometry import log_signal_to_noise
 from accel.hooks import PATCH, call_length, foreign_cache, is_compiled_whole, override
 from accel.method import AccelError, Handle, Method
 from accel.recipe import Recipe, beside
@@ -150,11 +151,12 @@ class Patch:
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if self._running:
-            self._clock.begin(len(self._scheduler.timesteps))
+            timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
+            self._clock.begin(timesteps, log_signal_to_noise(self._scheduler))
         return result
 
     def _first_call(self) -> None:
-        self._clock.shorten(*call_length(self._pipe, self._scheduler))
+        self._clock.shorten(call_length(self._pipe, self._clock.schedule))
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)

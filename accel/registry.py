@@ -22,6 +22,20 @@ METHODS: dict[str, str] = {
     "deepcache": "accel.caches.deep_cache:DeepCache",
     "spectrum": "accel.caches.spectrum:Spectrum",
     "stepmask": "accel.caches.step_mask:StepMask",
+    "fora": "accel.caches.fora:FORA",
+    "taylorseer": "accel.caches.taylor_seer:TaylorSeer",
+    "pyramidattentionbroadcast": (
+        "accel.caches.pyramid_attention_broadcast:PyramidAttentionBroadcast"
+    ),
+    "fastercache": "accel.caches.faster_cache:FasterCache",
+    "smoothcache": "accel.caches.smooth_cache:SmoothCache",
+    "adacache": "accel.caches.ada_cache:AdaCache",
+    "bac": "accel.caches.bac:BAC",
+    "unicp": "accel.caches.uni_cp:UniCP",
+    "speca": "accel.caches.spe_ca:SpeCa",
+    "seacache": "accel.caches.sea_cache:SeaCache",
+    "toca": "accel.caches.to_ca:ToCa",
+    "clusca": "accel.caches.clus_ca:ClusCa",
 }
 
 APPROXIMATORS: dict[str, str] = {

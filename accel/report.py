@@ -12,14 +12,18 @@ assert set(_LETTERS) == set(get_args(Verdict))
 
 @dataclass(frozen=True)
 class StepRow:
-    """One denoiser call. `seconds` is host time; on CUDA it does not wait for the device."""
+    """One denoiser call. `seconds` is host time; on CUDA it does not wait for the device.
+
+    Methods that skip layers inside blocks count those layers instead of blocks, and a layer that
+    ran for some tokens as their share.
+    """
 
     denoiser: str
     branch: str
     step: int
     verdict: str
     seconds: float
-    blocks_run: int
+    blocks_run: float
     blocks: int
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from accel.geometry import token_grid
 from accel.method import AccelError
 from accel.site import Forward, mean_change
 
@@ -24,7 +25,7 @@ class SpanSignals:
     def entry(self) -> Any:
         """The chain's input in the layout of `hidden`."""
         if not self._forward.entry:
-            raise AccelError("what looks at a probe of first blocks cannot skip whole calls")
+            raise AccelError("what looks at a probe of first blocks must skip a range of blocks")
         entry = self._denoiser.chain.relayout(self._forward.entry, self.hidden)[0]
         if entry is not None and entry.shape != self.hidden.shape:
             raise AccelError(
@@ -40,6 +41,12 @@ class SpanSignals:
         if observer is None:
             return self._forward.entry[0]
         return observer(self._denoiser.chain.blocks[0], self._forward.entry_arguments)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the hidden states' tokens."""
+        denoiser = self._denoiser
+        return token_grid(denoiser.module, denoiser.family, self._forward.arguments)
 
     def relative_change(self, new: Any, old: Any) -> float:
         """mean|new − old| / mean|old|, the same on every rank."""

@@ -6,7 +6,7 @@ residual, output minus input, one tensor per stream; or, where a site says so, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,9 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from accel.clock import StepClock
+    from accel.family import Arguments
 
 Streams = tuple["Tensor | None", ...]
 
@@ -37,9 +40,24 @@ class StepContext:
     step: int
     total: int
     place: int
-    schedule: int
+    clock: StepClock
     branch: Branch
     skipped: int
+
+    @property
+    def schedule(self) -> int:
+        """Length of the scheduler's whole schedule."""
+        return self.clock.schedule
+
+    @property
+    def timestep(self) -> float:
+        """The scheduler's timestep, large for noisy; models here count up to 1000."""
+        return self.clock.timesteps[self.place]
+
+    @property
+    def log_snr(self) -> float:
+        """log(signal/noise) of the latent at this step."""
+        return self.clock.log_snr[self.place]
 
     @property
     def last(self) -> bool:
@@ -65,6 +83,11 @@ class Signals(Protocol):
         """The family's observer (see `accel.family.Observer`)."""
         ...
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of the hidden states' tokens."""
+        ...
+
     def relative_change(self, new: Tensor, old: Tensor) -> float:
         """mean|new − old| / mean|old| in fp32, one host transfer; the same on every rank."""
         ...
@@ -84,6 +107,39 @@ class Policy(Protocol):
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
         """Told after the span was computed, also when `skip` had said otherwise."""
         ...
+
+
+class Refining(Policy, Protocol):
+    """A policy that computes a part of what it skips."""
+
+    def refine(
+        self,
+        context: StepContext,
+        signals: Signals,
+        forecast: Streams,
+        compute: Callable[..., Streams],
+    ) -> Streams:
+        """What stands in for the span, given its forecast.
+
+        `compute()` runs the span's last part in full; in a layer inside a block,
+        `compute(indices)` runs it for the tokens (batch, count) alone.
+        """
+        ...
+
+
+class Shared:
+    """Policies of several sites that are made together, once for each branch's state."""
+
+    def __init__(self, make: Callable[[Branch], Sequence[Policy]]) -> None:
+        self.make = make
+        self.branch: Branch | None = None
+        self.policies: Sequence[Policy] = ()
+
+    def policy(self, index: int, branch: Branch) -> Policy:
+        """Policy number `index`; `branch` is a new object for each new state."""
+        if branch is not self.branch:
+            self.branch, self.policies = branch, self.make(branch)
+        return self.policies[index]
 
 
 @dataclass(frozen=True)
@@ -131,8 +187,9 @@ class Approximator(Protocol):
 
 @dataclass(frozen=True)
 class Site:
-    """A span with its policy and approximator; `stop` None means the whole denoiser.
+    """A span with its policy and approximator.
 
+    `stop` None means the whole denoiser, 0 a layer inside a block (see `accel.sublayer`).
     `keeps_output`: what is kept and forecast is the span's output instead of its residual.
     """
 
@@ -172,9 +229,10 @@ class Forward:
     step: int
     total: int
     place: int
-    schedule: int
+    clock: StepClock
+    arguments: Arguments
     blocks: int = 0
-    blocks_run: int = 0
+    blocks_run: float = 0
     verdict: str = "computed"
     inputs: dict[int, Streams] = field(default_factory=dict)
     """Streams that entered each site, by the site's number."""
@@ -185,7 +243,7 @@ class Forward:
     def context(self, site: SiteState) -> StepContext:
         """The step as the site's policy sees it."""
         return StepContext(
-            self.step, self.total, self.place, self.schedule, self.state.branch, site.skipped
+            self.step, self.total, self.place, self.clock, self.state.branch, site.skipped
         )
 
     def decide(self, index: int, signals: Signals) -> bool:
@@ -197,6 +255,16 @@ class Forward:
             self.skipping.add(index)
             self.verdict = "extrapolated" if site.history.extrapolates else "reused"
         return skip
+
+    def forecast(self, index: int, signals: Signals, compute: Callable[..., Streams]) -> Streams:
+        """What stands in for the skipped span of site `index`; `compute`: see `Refining`."""
+        site = self.state.sites[index]
+        forecast = site.history.predict(self.step, signals)
+        refine = getattr(site.policy, "refine", None)
+        if refine is None:
+            return forecast
+        refined: Streams = refine(self.context(site), signals, forecast, compute)
+        return refined
 
     def remember(self, index: int, signals: Signals, computed: Computed) -> None:
         """The span of site `index` was computed."""

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
@@ -36,6 +36,11 @@ class BlockCaching:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"threshold": 0.1},
+        {"threshold": 0.2},
+        {"threshold": 0.4},
+    )
 
     threshold: float = 0.2
     changes: tuple[tuple[float, ...], ...] | None = None

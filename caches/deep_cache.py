@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from accel.caches.approximators import HoldResidual
+from accel.caches.approximators import HoldResidual, Newton
 from accel.caches.schedules import Cycle
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_count
@@ -24,6 +24,11 @@ class DeepCache:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"interval": 2},
+        {"interval": 3},
+        {"interval": 3, "reuse": Newton(1)},
+    )
 
     interval: int = 3
     branch: int = 0

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from accel.caches.approximators import HoldResidual
+from accel.caches.approximators import HoldResidual, Newton
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import Handle, check, is_count, is_number
 from accel.site import Approximator, Computed, Signals, StepContext
 
 
@@ -23,6 +23,11 @@ class DeltaDiT:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"interval": 2},
+        {"interval": 3},
+        {"interval": 2, "reuse": Newton(1)},
+    )
 
     interval: int = 2
     share: float = 0.5
@@ -38,12 +43,8 @@ class DeltaDiT:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the first and to the last blocks of the chain."""
+        denoiser.need_transformer("DeltaDiT")
         total = len(denoiser.chain.blocks)
-        if not all(denoiser.chain.keeps_shape(index) for index in range(total)):
-            raise AccelError(
-                f"DeltaDiT needs a transformer; the layers of {type(denoiser.module).__name__} "
-                "change the shape of the hidden states"
-            )
         count = max(int(total * self.share), 1)
         front = denoiser.cache(
             lambda _: _Stage(self, late=True), self.reuse, 0, min(count, total), "DeltaDiT"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import Aligned
 from accel.denoiser import Denoiser
@@ -28,6 +28,11 @@ class DiCache:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"threshold": 0.05},
+        {"threshold": 0.1},
+        {"threshold": 0.2},
+    )
 
     threshold: float = 0.1
     probe_blocks: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,11 @@ class DPCache:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"share": 0.5},
+        {"share": 0.3},
+        {"share": 0.2},
+    )
 
     share: float = 0.3
     objective: str = "sum"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
@@ -30,6 +30,11 @@ class Foresight:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"gamma": 0.5},
+        {"gamma": 1.0},
+        {"gamma": 2.0},
+    )
 
     gamma: float = 1.0
     interval: int = 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from accel.caches.approximators import HoldResidual
+from accel.caches.approximators import HoldResidual, Newton
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_count, is_number
 from accel.site import Approximator, Branch, Computed, Signals, StepContext
@@ -34,6 +34,12 @@ class MagCache:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"threshold": 0.06, "max_skips": 2},
+        {"threshold": 0.12},
+        {"threshold": 0.12, "reuse": Newton(1)},
+        {"threshold": 0.24, "max_skips": 6},
+    )
 
     threshold: float = 0.12
     max_skips: int = 4

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from accel.caches.approximators import HoldResidual
+from accel.caches.approximators import HoldResidual, Newton, Taylor
 from accel.caches.schedules import Cycle
 from accel.denoiser import Denoiser
 from accel.method import Handle, check, is_count
@@ -21,6 +21,12 @@ class PlainCycle:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"interval": 2},
+        {"interval": 2, "reuse": Newton(1)},
+        {"interval": 3, "reuse": Taylor(1), "warmup": 3},
+        {"interval": 4, "reuse": Taylor(1), "warmup": 3},
+    )
 
     interval: int = 3
     warmup: int = 1

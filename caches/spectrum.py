@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accel.caches.approximators import Chebyshev
 from accel.denoiser import Denoiser
@@ -23,6 +23,11 @@ class Spectrum:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"growth": 0.25},
+        {"growth": 0.75},
+        {"growth": 2},
+    )
 
     growth: float = 0.75
     window: float = 2

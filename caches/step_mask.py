@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain, zip_longest
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from accel.caches.approximators import HoldResidual
+from accel.caches.approximators import HoldResidual, Newton
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import Handle, check
@@ -32,6 +32,11 @@ class StepMask:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"mask": "slow"},
+        {"mask": "medium", "reuse": Newton(1)},
+        {"mask": "fast"},
+    )
 
     mask: str | tuple[int, ...] = "medium"
     reuse: Approximator = HoldResidual()

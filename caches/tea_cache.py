@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -36,6 +36,11 @@ class TeaCache:
     """
 
     slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"threshold": 0.1},
+        {"threshold": 0.2},
+        {"threshold": 0.3},
+    )
 
     threshold: float = 0.15
     polynomial: tuple[float, ...] | None = None

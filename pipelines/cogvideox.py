@@ -6,4 +6,5 @@ FAMILY = Family(
     name="cogvideox",
     stacks=(Stack("transformer_blocks", (HIDDEN, ENCODER)),),
     observer=time_embedding(),
+    frames_first=True,
 )

@@ -8,6 +8,11 @@ import pytest
 from tiny_pipelines import TINY
 
 from accel import HoldResidual, registry
+from accel.clock import StepClock
+from accel.site import Branch, StepContext
+from accel.sublayer import KINDS
+
+COND = Branch("cond", 0)
 
 RATIOS = tuple(1.0 - 0.001 * step for step in range(50))
 ACTIVE: dict[str, Any] = {
@@ -24,6 +29,18 @@ ACTIVE: dict[str, Any] = {
     "deepcache": {"interval": 2},
     "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},
     "stepmask": {"mask": (1, 1, 0, 1, 0, 0)},
+    "fora": {"interval": 2},
+    "taylorseer": {"interval": 3, "warmup": 2},
+    "pyramidattentionbroadcast": {"window": (1, 999)},
+    "fastercache": {"start": 0.2},
+    "smoothcache": {"threshold": 0.1, "errors": {kind: ((0.05, 0.2),) * 3 for kind in KINDS}},
+    "adacache": {"codebook": ((1e6, 2),)},
+    "bac": {"schedules": ((1, 0, 1, 0),)},
+    "unicp": {"threshold": 1e6, "spike": 1e6, "warmup": 2},
+    "speca": {"threshold": 1e6, "floor": 1e6, "most": 2, "least": 1},
+    "seacache": {"threshold": 1.0},
+    "toca": {"interval": 2, "warmup": 1, "ratio": 0.3},
+    "clusca": {"interval": 2, "warmup": 2, "clusters": 3},
 }
 IDENTITY: dict[str, Any] = {
     "magcache": {"threshold": 0, "ratios": (1.0, 1.0)},
@@ -39,14 +56,32 @@ IDENTITY: dict[str, Any] = {
     "deepcache": {"interval": 1},
     "spectrum": {"window": 1, "growth": 0.0},
     "stepmask": {"mask": (1,)},
+    "fora": {"interval": 1},
+    "taylorseer": {"interval": 1},
+    "pyramidattentionbroadcast": {"spatial": 1, "temporal": 1, "cross": 1},
+    "fastercache": {"interval": 1},
+    "smoothcache": {"threshold": 0, "errors": {kind: ((0.0, 0.0),) * 3 for kind in KINDS}},
+    "adacache": {"codebook": ()},
+    "bac": {"schedules": ((1,),)},
+    "unicp": {"threshold": 0},
+    "speca": {"most": 0},
+    "seacache": {"threshold": 0},
+    "toca": {"interval": 1},
+    "clusca": {"interval": 1},
 }
 METHODS = list(registry.METHODS)
 UNETS = {"sd15", "sdxl"}
 UNET_ONLY = {"deepcache"}
-TRANSFORMER_ONLY = {"deltadit"}
+TRANSFORMER_ONLY = {"deltadit", "speca"}
+SUBLAYER = {
+    *("fora", "taylorseer", "pyramidattentionbroadcast", "fastercache", "smoothcache"),
+    *("adacache", "bac", "unicp", "toca", "clusca"),
+}
+"""Methods that skip layers inside blocks."""
 GENERAL = [name for name in METHODS if name not in UNET_ONLY]
 """Methods for every transformer."""
-ONE_SPAN = [name for name in GENERAL if name not in {"blockcaching", "foresight", "deltadit"}]
+SEVERAL = {"blockcaching", "foresight", "deltadit", "speca", *SUBLAYER}
+ONE_SPAN = [name for name in GENERAL if name not in SEVERAL]
 """Methods that skip one span, the same at every step."""
 STATIC = {
     "blockcaching",
@@ -57,6 +92,7 @@ STATIC = {
     "plaincycle",
     "spectrum",
     "stepmask",
+    *(SUBLAYER - {"adacache", "unicp", "clusca"}),
 }
 
 
@@ -84,3 +120,10 @@ pairs = pairs_of(METHODS)
 
 def make(name: str, settings: dict[str, dict[str, Any]]) -> Any:
     return registry.method(name)(**settings[name])
+
+
+def context_at(step: int, total: int, branch: Branch = COND, skipped: int = 0) -> StepContext:
+    """A step of a run over timesteps from 1000 down."""
+    timesteps = [1000 * (1 - each / total) for each in range(total)]
+    clock = StepClock(total=total, timesteps=timesteps, log_snr=[0.0] * total)
+    return StepContext(step, total, step, clock, branch, skipped)

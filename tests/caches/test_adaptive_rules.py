@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from contract_cases import context_at
 
 import accel
 from accel.caches import easy_cache, first_block_cache, tea_cache
-from accel.site import Branch, Computed, StepContext, mean_change
+from accel.site import Branch, Computed, mean_change
 
 COND, UNCOND = Branch("cond", 0), Branch("uncond", 1)
 
@@ -35,7 +36,7 @@ def drive(policy, script: list[Scripted], outputs: list[float] | None = None) ->
     """Verdicts of one branch, driven as the engine drives it: C computed, R reused."""
     verdicts, skipped = "", 0
     for step, given in enumerate(script):
-        context = StepContext(step, len(script), step, len(script), COND, skipped)
+        context = context_at(step, len(script), COND, skipped)
         if policy.skip(context, given) and verdicts:
             verdicts, skipped = verdicts + "R", skipped + 1
         else:
@@ -97,11 +98,11 @@ def test_easy_cache_lets_the_first_branch_decide() -> None:
     follower = easy_cache._Follow([leader])
     script = [signals(float(step)) for step in range(5)]
     for step, given in enumerate(script):
-        context = StepContext(step, 5, step, 5, COND, 0)
+        context = context_at(step, 5, COND)
         if not leader.skip(context, given):
             value = (torch.tensor([1.0 + step]),)
             leader.computed(context, given, Computed(value, value, value))
-        assert follower.skip(StepContext(step, 5, step, 5, UNCOND, 0), given) == leader.skipped
+        assert follower.skip(context_at(step, 5, UNCOND), given) == leader.skipped
     assert leader.skipped is False, "the last step is computed"
 
 

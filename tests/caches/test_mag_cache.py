@@ -1,10 +1,10 @@
 """MagCache's published schedules and rules."""
 
 import pytest
+from contract_cases import context_at
 
 import accel
 from accel.caches.mag_cache import _RatioChain
-from accel.site import Branch, StepContext
 
 FLUX = (
     "1 1.21094 1.11719 1.07812 1.0625 1.03906 1.03125 1.03906 1.02344 1.03125 1.02344 0.98047 "
@@ -37,7 +37,7 @@ def schedule(settings: accel.MagCache, steps: int) -> list[int]:
     assert isinstance(settings.ratios, tuple)
     policy, computed, skipped = _RatioChain(settings, settings.ratios), [], 0
     for step in range(steps):
-        context = StepContext(step, steps, step, steps, Branch("cond", 0), skipped)
+        context = context_at(step, steps, skipped=skipped)
         if policy.skip(context, None) and computed:
             skipped += 1
         else:

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from contract_cases import context_at
 from tiny_pipelines import TINY, run
 
 import accel
 from accel.caches.schedules import Table
 from accel.caches.step_mask import preset
-from accel.site import Branch, StepContext
 
 
 def computed_steps(policy, total: int) -> list[int]:
     skipped, found = 0, []
     for step in range(total):
-        context = StepContext(step, total, step, total, Branch("cond", 0), skipped)
+        context = context_at(step, total, skipped=skipped)
         if policy.skip(context, None):
             skipped += 1
         else:

@@ -1,0 +1,55 @@
+"""The grid that a denoiser's tokens lie on, and how noisy each step of a schedule is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from accel.family import Arguments, Family
+
+Grid = tuple[int, int, int]
+_MARGIN = 1e-4
+
+
+def token_grid(module: Any, family: Family, arguments: Arguments) -> Grid:
+    """(frames, rows, columns) of the hidden states' tokens, frames outermost in memory.
+
+    From the family's own rule, or the latent's shape and the patch size; packed latents whose
+    pipeline passes `num_frames`, `height` and `width` say it themselves.
+    """
+    if family.grid is not None:
+        return family.grid(arguments)
+    if isinstance(arguments.get("height"), int):
+        frames = arguments.get("num_frames") or 1
+        return (frames, arguments.get("height"), arguments.get("width"))
+    shape = arguments.get(family.latent).shape
+    sizes = getattr(module.config, "patch_size", None) or 1
+    if isinstance(sizes, int):
+        sizes = (getattr(module.config, "patch_size_t", None) or 1, sizes, sizes)
+    frames = 1 if len(shape) == 4 else shape[1 if family.frames_first else 2]
+    return (frames // sizes[0], shape[-2] // sizes[1], shape[-1] // sizes[2])
+
+
+def log_signal_to_noise(scheduler: Any) -> list[float]:
+    """λ = log(a/b) for each timestep of the schedule, where the latent is a·data + b·noise.
+
+    Flow matching: a = 1 − t, b = t, with t the timestep over the training steps. Otherwise from
+    `alphas_cumprod`, or where a scheduler has only `sigmas` (b/a), from those.
+    """
+    config, timesteps = scheduler.config, scheduler.timesteps.tolist()
+    train = config.get("num_train_timesteps", 1000)
+    flow = (
+        "FlowMatch" in type(scheduler).__name__
+        or config.get("use_flow_sigmas", False)
+        or config.get("prediction_type") == "flow_prediction"
+    )
+    if flow:
+        noise = [min(max(t / train, _MARGIN), 1 - _MARGIN) for t in timesteps]
+        return [math.log((1 - b) / b) for b in noise]
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is not None:
+        places = [min(max(round(t), 0), len(alphas) - 1) for t in timesteps]
+        signal = [min(max(float(alphas[place]), _MARGIN**2), 1 - _MARGIN) for place in places]
+        return [0.5 * math.log(a / (1 - a)) for a in signal]
+    sigmas = scheduler.sigmas.tolist()[: len(timesteps)]
+    return [-math.log(max(sigma, _MARGIN)) for sigma in sigmas]

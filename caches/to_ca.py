@@ -1,0 +1,201 @@
+"""ToCa: between full steps, the tokens that matter most are computed afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from accel.caches.approximators import HoldResidual
+from accel.denoiser import Denoiser
+from accel.method import Handle, check, is_count, is_number
+from accel.site import Branch, Computed, Policy, Signals, StepContext, Streams
+from accel.sublayer import Sublayer, cache_sublayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ToCa:
+    """Reuse attention outputs; recompute MLP and cross-attention outputs of chosen tokens.
+
+    Zou et al., "Accelerating Diffusion Transformers with Token-wise Feature Caching", ICLR 2025.
+    After `warmup` full steps every `interval`-th step is full, and the last one. On the others a
+    share r = `ratio` · (1 + s − 2s·b/(L−1)) · (1 + p − 2p·i/N) of the tokens is fresh, b of L the
+    block, i of N the step, s = `layer_slope`, p = `step_slope`, times `cross` in cross-attention;
+    fresh outputs stay in the cache. A token's score is its influence, plus `staleness` · age /
+    `interval`, plus `spread` · score for the best token of each `cell` × `cell` patch of the grid.
+
+    Influence: where the block has cross-attention, 1 + the entropy of the token's attention to the
+    text, as in the paper; elsewhere the smallness of its value vector (the authors' DuCa), because
+    fused kernels give no attention maps. Scores are unit vectors over the tokens, taken at full
+    steps. In one call for both guidance branches their scores are averaged. Layers that have
+    other tokens than the scored ones (text MLPs) are scored by age alone; fused layers are reused.
+
+    Rows of a batch choose their own tokens. Holds one tensor a sublayer and branch.
+    """
+
+    slot: ClassVar[str] = "stack"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"interval": 2},
+        {"interval": 3},
+        {"interval": 4, "ratio": 0.3},
+    )
+
+    interval: int = 3
+    ratio: float = 0.15
+    warmup: int = 3
+    layer_slope: float = 0.0
+    step_slope: float = 0.0
+    cross: float = 0.4
+    staleness: float = 0.25
+    spread: float = 0.4
+    cell: int = 0
+
+    def __post_init__(self) -> None:
+        check(is_count(self.interval, 1), self, "interval", "a whole number ≥ 1")
+        check(is_number(self.ratio) and 0 <= self.ratio <= 1, self, "ratio", "between 0 and 1")
+        check(is_count(self.warmup, 1), self, "warmup", "a whole number ≥ 1")
+        for field in ("layer_slope", "step_slope"):
+            slope = getattr(self, field)
+            check(is_number(slope) and -1 <= slope <= 1, self, field, "between −1 and 1")
+        for field in ("cross", "staleness", "spread"):
+            value = getattr(self, field)
+            check(is_number(value) and value >= 0, self, field, "a number ≥ 0")
+        check(is_count(self.cell, 0), self, "cell", "a whole number ≥ 0; 0 leaves it out")
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to every attention and MLP layer."""
+        depth = max(len(denoiser.chain.blocks) - 1, 1)
+        halves = denoiser.family.guidance == "batched"
+
+        def policies(_: Branch, layers: Sequence[Sublayer]) -> list[Policy]:
+            crossed = {layer.block for layer in layers if layer.kind == "cross"}
+            scores = {layer.block: _Influence(halves) for layer in layers}
+            return [
+                _Tokens(
+                    self,
+                    layer,
+                    scores[layer.block],
+                    layer.kind == ("cross" if layer.block in crossed else "self"),
+                    layer.block / depth,
+                )
+                for layer in layers
+            ]
+
+        return cache_sublayers(denoiser, policies, HoldResidual(), "ToCa")
+
+
+class _Influence:
+    """The scores of one block's tokens, (batch, tokens), from its last full step."""
+
+    def __init__(self, halves: bool) -> None:
+        self.halves = halves
+        self.score: Tensor | None = None
+
+    def of_attention(self, attention: Any, hidden: Tensor, text: Tensor | None) -> None:
+        """Take the scores from the input of an attention layer."""
+        if text is None or text.shape[1] == 0 or getattr(attention, "add_k_proj", None) is not None:
+            score = -attention.to_v(hidden).float().norm(dim=-1)
+        else:
+            score = 1 + _entropy(attention, hidden, text)
+        if self.halves and len(score) % 2 == 0:
+            uncond, cond = score.chunk(2)
+            score = ((uncond + cond) / 2).repeat(2, 1)
+        self.score = torch.nn.functional.normalize(score, dim=1)
+
+
+class _Tokens:
+    """One layer: full steps, and on the others its fresh tokens."""
+
+    def __init__(
+        self, settings: ToCa, layer: Sublayer, influence: _Influence, scores: bool, depth: float
+    ) -> None:
+        self.settings, self.layer, self.influence = settings, layer, influence
+        self.scores, self.depth, self.since = scores, depth, 0
+        self.age: Tensor | None = None
+        self.output: Tensor | None = None
+
+    def skip(self, context: StepContext, signals: Signals) -> bool:
+        if context.step < self.settings.warmup or context.last:
+            return False
+        return context.skipped < self.settings.interval - 1
+
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
+        hidden, text = site.inputs
+        self.output, self.age = site.outputs[0], None
+        if self.scores and hidden is not None and self.settings.interval > 1:
+            self.influence.of_attention(self.layer.modules[0], hidden, text)
+
+    def refine(
+        self,
+        context: StepContext,
+        signals: Signals,
+        forecast: Streams,
+        compute: Callable[..., Streams],
+    ) -> Streams:
+        output = self.output
+        if self.layer.kind not in ("mlp", "cross") or output is None:
+            return forecast
+        count = min(int(self._ratio(context) * output.shape[1]), output.shape[1])
+        if self.age is None:
+            self.age = torch.zeros(output.shape[:2], device=output.device)
+        self.age += 1
+        if count > 0:
+            chosen = self._score(signals).topk(count, dim=1).indices
+            (fresh,) = compute(chosen)
+            assert fresh is not None  # a layer returns a tensor
+            wide = chosen.unsqueeze(-1).expand_as(fresh)
+            self.output = output = output.scatter(1, wide, fresh)
+            self.age = self.age.scatter(1, chosen, 0.0)
+        return (output, *forecast[1:])
+
+    def _ratio(self, context: StepContext) -> float:
+        settings = self.settings
+        by_layer = 1 + settings.layer_slope * (1 - 2 * self.depth)
+        by_step = 1 + settings.step_slope * (1 - 2 * context.step / context.total)
+        kind = settings.cross if self.layer.kind == "cross" else 1.0
+        return min(max(settings.ratio * by_layer * by_step * kind, 0.0), 1.0)
+
+    def _score(self, signals: Signals) -> Tensor:
+        assert self.age is not None  # set before
+        score = self.settings.staleness * self.age / self.settings.interval
+        influence = self.influence.score
+        if influence is None or influence.shape != score.shape:
+            return score
+        score = score + influence
+        if self.settings.cell:
+            score = _spread(score, signals.grid, self.settings.cell, self.settings.spread)
+        return score
+
+
+def _entropy(attention: Any, hidden: Tensor, text: Tensor) -> Tensor:
+    """Entropy of each token's attention to the text, its heads averaged: (batch, tokens)."""
+    query, key = attention.to_q(hidden), attention.to_k(text)
+    norms = getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)
+    heads = attention.heads
+
+    def split(tensor: Tensor, norm: Any) -> Tensor:
+        if norm is not None and norm.weight.shape[-1] == tensor.shape[-1]:
+            tensor, norm = norm(tensor), None
+        tensor = tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return (tensor if norm is None else norm(tensor)).float()
+
+    query, key = split(query, norms[0]), split(key, norms[1])
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1).mean(1)
+    return -(weights * (weights + 1e-7).log()).sum(-1)
+
+
+def _spread(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) -> Tensor:
+    """Add `bonus` · score to the best token of every cell × cell patch of each frame."""
+    frames, rows, columns = grid
+    if score.shape[1] != frames * rows * columns or rows % cell or columns % cell:
+        return score
+    shape = (len(score), frames, rows // cell, cell, columns // cell, cell)
+    cells = score.reshape(shape).transpose(3, 4).flatten(4)
+    best = cells.argmax(-1, keepdim=True)
+    raised = cells.scatter_add(-1, best, bonus * cells.gather(-1, best))
+    return raised.unflatten(-1, (cell, cell)).transpose(3, 4).reshape(score.shape)
