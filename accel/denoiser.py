@@ -65,6 +65,9 @@ class Denoiser:
         self.memory_bytes = 0
         self.first_call: Callable[[], None] = lambda: None
         self._names = parameters(module)
+        self.forgetting: list[Callable[[], Any]] = []
+        """Called whenever what a run has gathered is dropped."""
+        self._followers = 0
         self._sites: list[Site] = []
         self._branches: dict[tuple[str, int], BranchState] = {}
         self._context: str | None = None
@@ -143,6 +146,23 @@ class Denoiser:
             raise
         return Handle.together(handles)
 
+    def follow(self, hook: Callable[[], Callable[[], None]]) -> Handle:
+        """Let something else see `forward`, the call in flight; `hook` returns its undo."""
+        self._followers += 1
+
+        def drop() -> None:
+            self._followers -= 1
+            self._unhook()
+
+        handles = [Handle(drop)]
+        try:
+            self._hook()
+            handles.append(Handle(hook()))
+        except BaseException:
+            drop()
+            raise
+        return Handle.together(handles)
+
     def number(self, site: Site) -> int:
         """The place of a site's state in `BranchState.sites`."""
         return next(number for number, each in enumerate(self._sites) if each is site)
@@ -150,10 +170,13 @@ class Denoiser:
     def _drop(self, site: Site) -> None:
         del self._sites[self.number(site)]
         self.forget()
+        self._unhook()
+
+    def _unhook(self) -> None:
         if not self.skips_blocks:
             while self._block_undo:
                 self._block_undo.pop()()
-        if not self._sites and self._undo is not None:
+        if not self._sites and not self._followers and self._undo is not None:
             self._undo()
             self._undo = None
 
@@ -186,6 +209,8 @@ class Denoiser:
         self._branches.clear()
         self.forward = None
         self.chain.forget()
+        for each in self.forgetting:
+            each()
 
     def _adapters_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.forget()
@@ -264,7 +289,7 @@ class Denoiser:
         signals = SpanSignals(self, forward, latent)
         state = forward.state.sites[index]
         if forward.decide(index, signals):
-            (value,) = state.history.predict(forward.step, signals)
+            (value,) = forward.forecast(index, signals, lambda: (run()[0],))
             assert value is not None  # only non-None predictions are remembered
             return state.dress(value + _latent_like(latent, value.shape).to(value.dtype))
         output = self._run(forward, run)

@@ -35,6 +35,9 @@ METHODS: dict[str, str] = {
     "speca": "accel.caches.spe_ca:SpeCa",
     "seacache": "accel.caches.sea_cache:SeaCache",
     "toca": "accel.caches.to_ca:ToCa",
+    "ertacache": "accel.caches.erta_cache:ERTACache",
+    "textcache": "accel.caches.text_cache:TextCache",
+    "tokenmerging": "accel.caches.token_merging:TokenMerging",
     "clusca": "accel.caches.clus_ca:ClusCa",
 }
 
@@ -44,6 +47,7 @@ APPROXIMATORS: dict[str, str] = {
     "newton": "accel.caches.approximators:Newton",
     "hicache": "accel.caches.approximators:HiCache",
     "aligned": "accel.caches.approximators:Aligned",
+    "foca": "accel.caches.approximators:FoCa",
     "chebyshev": "accel.caches.approximators:Chebyshev",
 }
 

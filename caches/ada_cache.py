@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_count, is_number
-from accel.site import Branch, Computed, Policy, Signals, StepContext
+from accel.site import Approximator, Branch, Computed, Policy, Signals, StepContext
 from accel.sublayer import Sublayer, cache_sublayers
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class AdaCache:
     codebook: str | Codebook = "fast"
     motion: bool = False
     motion_norm: float = 0.385
+    reuse: Approximator = HoldResidual()
 
     def __post_init__(self) -> None:
         if isinstance(self.codebook, str):
@@ -79,7 +80,7 @@ class AdaCache:
             rate = _Rate(self)
             return [_Layer(rate, n == observer) for n in range(len(layers))]
 
-        return cache_sublayers(denoiser, policies, HoldResidual(), "AdaCache")
+        return cache_sublayers(denoiser, policies, self.reuse, "AdaCache")
 
 
 class _Rate:

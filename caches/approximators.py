@@ -132,6 +132,27 @@ class Aligned:
         return _Alignment(self.limit)
 
 
+@dataclass(frozen=True)
+class FoCa:
+    """FoCa's forecast (2025): features as an ODE, a predictor step corrected like Heun's method.
+
+    F̂ = F + (k/2) · (ΔF + ΔF̂) with F the last computed residual, k the steps since then but at most
+    3, ΔF the last change of computed residuals and ΔF̂ that of the current sequence, forecasts
+    included. The form in public use takes ΔF over a whole gap (`per_step=False`), which overshoots
+    a straight line wherever a gap is longer than one step; here it is divided by its gap.
+    **Reconstructed** from third-party use; no official code was read. Holds three residuals.
+    """
+
+    per_step: bool = True
+
+    def __post_init__(self) -> None:
+        check(isinstance(self.per_step, bool), self, "per_step", "True or False")
+
+    def start(self, total: int) -> _Heun:
+        """An empty history."""
+        return _Heun(self.per_step)
+
+
 def _hermite(m: int, z: float) -> float:
     """The physicists' Hermite polynomial of degree m."""
     older, value = 0.0, 1.0
@@ -247,6 +268,51 @@ class _Alignment:
     def tensors(self) -> list[Tensor]:
         held = [tensor for value in self.values for tensor in value if tensor is not None]
         return [*held, *self.probes]
+
+
+class _Heun:
+    """FoCa's two changes: of computed residuals, and of the current sequence."""
+
+    def __init__(self, per_step: bool) -> None:
+        self.per_step, self.step = per_step, 0
+        self.computed: Streams | None = None
+        self.change: Streams | None = None
+        self.latest: tuple[Streams, Streams] | None = None
+        """The last two of the current sequence."""
+
+    def update(self, step: int, value: Streams, signals: Signals) -> None:
+        if self.computed is not None:
+            gap = step - self.step if self.per_step else 1
+            self.change = _combine([1 / gap, -1 / gap], [value, self.computed])
+        self.computed, self.step, self.latest = value, step, None
+
+    def predict(self, step: int, signals: Signals) -> Streams:
+        assert self.computed is not None  # asked only when ready
+        if self.change is None:
+            return self.computed
+        half = min(step - self.step, 3) / 2
+        if self.latest is None:
+            forecast = _combine([1.0, 2 * half], [self.computed, self.change])
+            self.latest = (self.computed, forecast)
+        else:
+            old, new = self.latest
+            weights = [1.0, half, half, -half]
+            forecast = _combine(weights, [self.computed, self.change, new, old])
+            self.latest = (new, forecast)
+        return forecast
+
+    @property
+    def ready(self) -> bool:
+        return self.computed is not None
+
+    @property
+    def extrapolates(self) -> bool:
+        return self.change is not None
+
+    def tensors(self) -> list[Tensor]:
+        values = [value for value in (self.computed, self.change) if value is not None]
+        values += self.latest or ()
+        return [tensor for value in values for tensor in value if tensor is not None]
 
 
 class _Differences:

@@ -9,6 +9,7 @@ from accel.caches.approximators import HoldResidual
 from accel.caches.schedules import Cycle
 from accel.denoiser import Denoiser
 from accel.method import Handle, check, is_count
+from accel.site import Approximator
 from accel.sublayer import cache_sublayers
 
 
@@ -29,6 +30,7 @@ class FORA:
     )
 
     interval: int = 3
+    reuse: Approximator = HoldResidual()
 
     def __post_init__(self) -> None:
         check(is_count(self.interval, 1), self, "interval", "a whole number ≥ 1")
@@ -38,6 +40,6 @@ class FORA:
         return cache_sublayers(
             denoiser,
             lambda _, layers: [Cycle(self.interval) for _ in layers],
-            HoldResidual(),
+            self.reuse,
             "FORA",
         )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_count, is_number
-from accel.site import Computed, Signals, StepContext
+from accel.site import Approximator, Computed, Signals, StepContext
 from accel.sublayer import cache_sublayers
 
 
@@ -37,6 +37,7 @@ class PyramidAttentionBroadcast:
     window: tuple[float, float] = (100, 800)
     mlp: int = 2
     mlp_blocks: tuple[int, ...] = ()
+    reuse: Approximator = HoldResidual()
 
     def __post_init__(self) -> None:
         for field in ("spatial", "temporal", "cross", "mlp"):
@@ -58,7 +59,7 @@ class PyramidAttentionBroadcast:
                 )
                 for layer in layers
             ],
-            HoldResidual(),
+            self.reuse,
             "PyramidAttentionBroadcast",
             ("self", "temporal", "cross", *(("mlp",) if self.mlp_blocks else ())),
         )

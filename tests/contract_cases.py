@@ -30,17 +30,18 @@ ACTIVE: dict[str, Any] = {
     "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},
     "stepmask": {"mask": (1, 1, 0, 1, 0, 0)},
     "fora": {"interval": 2},
-    "taylorseer": {"interval": 3, "warmup": 2},
+    "taylorseer": {"interval": 2, "warmup": 1},
     "pyramidattentionbroadcast": {"window": (1, 999)},
-    "fastercache": {"start": 0.2},
-    "smoothcache": {"threshold": 0.1, "errors": {kind: ((0.05, 0.2),) * 3 for kind in KINDS}},
+    "fastercache": {"start": 0.1},
+    "smoothcache": {"threshold": 0.1, "errors": {kind: ((0.05,) * 8,) * 3 for kind in KINDS}},
     "adacache": {"codebook": ((1e6, 2),)},
     "bac": {"schedules": ((1, 0, 1, 0),)},
     "unicp": {"threshold": 1e6, "spike": 1e6, "warmup": 2},
-    "speca": {"threshold": 1e6, "floor": 1e6, "most": 2, "least": 1},
+    "speca": {"threshold": 1e6, "floor": 1e6, "most": 2, "least": 1, "warmup": 1},
     "seacache": {"threshold": 1.0},
     "toca": {"interval": 2, "warmup": 1, "ratio": 0.3},
-    "clusca": {"interval": 2, "warmup": 2, "clusters": 3},
+    "ertacache": {"scales": (0.0, 0.9, 0.0, 1.1)},
+    "clusca": {"interval": 2, "warmup": 1, "clusters": 3},
 }
 IDENTITY: dict[str, Any] = {
     "magcache": {"threshold": 0, "ratios": (1.0, 1.0)},
@@ -67,9 +68,12 @@ IDENTITY: dict[str, Any] = {
     "speca": {"most": 0},
     "seacache": {"threshold": 0},
     "toca": {"interval": 1},
+    "ertacache": {"scales": (0.0,)},
     "clusca": {"interval": 1},
 }
-METHODS = list(registry.METHODS)
+OTHER_SLOTS = {"textcache", "tokenmerging"}
+"""Methods that skip no part of the denoiser; they have tests of their own."""
+METHODS = [name for name in registry.METHODS if name not in OTHER_SLOTS]
 UNETS = {"sd15", "sdxl"}
 UNET_ONLY = {"deepcache"}
 TRANSFORMER_ONLY = {"deltadit", "speca"}
@@ -80,7 +84,9 @@ SUBLAYER = {
 """Methods that skip layers inside blocks."""
 GENERAL = [name for name in METHODS if name not in UNET_ONLY]
 """Methods for every transformer."""
-SEVERAL = {"blockcaching", "foresight", "deltadit", "speca", *SUBLAYER}
+FIXED_REUSE = {"ertacache", "fastercache", "toca"}
+"""Methods whose forecast is the method itself."""
+SEVERAL = {"ertacache", "blockcaching", "foresight", "deltadit", "speca", *SUBLAYER}
 ONE_SPAN = [name for name in GENERAL if name not in SEVERAL]
 """Methods that skip one span, the same at every step."""
 STATIC = {
@@ -88,11 +94,12 @@ STATIC = {
     "deepcache",
     "deltadit",
     "dpcache",
+    "ertacache",
     "magcache",
     "plaincycle",
     "spectrum",
     "stepmask",
-    *(SUBLAYER - {"adacache", "unicp", "clusca"}),
+    *(SUBLAYER - {"adacache", "unicp", "clusca", "toca"}),
 }
 
 

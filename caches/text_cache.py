@@ -1,0 +1,95 @@
+"""Text cache: keys and values of a prompt that does not change are computed once a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from accel.denoiser import Denoiser
+from accel.hooks import override
+from accel.method import AccelError, Handle
+from accel.sublayer import sublayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PROJECTIONS = ("caption_projection", "context_embedder", "condition_embedder.text_embedder")
+BRANCHES = 4
+
+
+@dataclass(frozen=True)
+class TextCache:
+    """Compute what depends on the prompt alone once a run: exact, bit for bit.
+
+    Keys and values of cross-attention, and the projection of the text before the blocks, are
+    repeated while their input is the very same unchanged tensor. Combines with every other method.
+    Not for joint attention, where the text changes from block to block. Holds two tensors of the
+    text's length a block and branch, which for large models (Wan 14B: 0.4 GB a branch) costs more
+    than it saves; it pays where text is long beside the picture. Leave it out under
+    `torch.compile`: compiled blocks would break their graph at each projection.
+    """
+
+    slot: ClassVar[str] = "text"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to the projections of the text; raises when the denoiser has none."""
+        owner = type(denoiser.module).__name__
+        layers = [each for each in sublayers(denoiser.chain, owner) if each.kind == "cross"]
+        if not layers:
+            raise AccelError(
+                f"TextCache needs cross-attention to the prompt; {owner} has none that is known"
+            )
+        modules = [*_projections(denoiser.module)]
+        modules += [part for each in layers for part in _keys_and_values(each.modules[0])]
+        return Handle.together([denoiser.follow(partial(_memoise, denoiser, m)) for m in modules])
+
+
+def _projections(module: Any) -> Iterator[Any]:
+    for path in PROJECTIONS:
+        part = module
+        for name in path.split("."):
+            part = getattr(part, name, None)
+        if part is not None:
+            yield part
+
+
+def _keys_and_values(attention: Any) -> Iterator[Any]:
+    for name in ("to_k", "to_v"):
+        part = getattr(attention, name, None)
+        if part is not None:
+            yield part
+
+
+def _memoise(denoiser: Denoiser, module: Any) -> Callable[[], None]:
+    """Repeat a module's output while it gets the same tensor; returns the undo."""
+    known: list[tuple[Tensor, int, Any]] = []
+
+    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if denoiser.forward is None or len(args) != 1 or kwargs:
+            return original(*args, **kwargs)
+        (text,) = args
+        for seen, version, output in known:
+            if seen is text and version == _version(text):
+                return output
+        version, output = _version(text), original(text)
+        if not getattr(output, "requires_grad", False):
+            known.append((text, version, output))
+            del known[:-BRANCHES]
+        return output
+
+    denoiser.forgetting.append(known.clear)
+    undo = override(module, {"__call__": call})
+
+    def remove() -> None:
+        denoiser.forgetting.remove(known.clear)
+        undo()
+
+    return remove
+
+
+def _version(tensor: Tensor) -> int:
+    """How often the tensor was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
