@@ -183,7 +183,7 @@ def _shape(output: Any) -> Any:
     return output.shape
 
 
-def _placeholder(shape: Any, like: Tensor) -> Any:
+def _placeholder(shape: Any, like: Any) -> Any:
     """Something of the right shape; what follows in the fused layer is skipped too."""
     if not isinstance(shape, torch.Size):
         return tuple(None if each is None else _placeholder(each, like) for each in shape)

@@ -144,9 +144,9 @@ def _by_frame(features: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """(rows, frames, …): from all tokens of a video, or from a temporal layer's."""
     frames, tokens = grid[0], grid[0] * grid[1] * grid[2]
     if frames > 1 and features.shape[1] == tokens:
-        return features.unflatten(1, (frames, -1))
+        return features.reshape(len(features), frames, -1)
     if frames > 1 and features.shape[1] == frames:
         return features
     if frames > 1 and features.shape[1] * frames == tokens:
-        return features.unflatten(0, (-1, frames))
+        return features.reshape(-1, frames, *features.shape[1:])
     raise AccelError("AdaCache(motion=True) needs a video of at least two latent frames")

@@ -83,12 +83,14 @@ class _Filtered:
         power = radius**-self.settings.falloff
         gain = power / (power + math.exp(-2 * min(max(log_snr, -9.0), 9.0)))
         gain = gain / gain.mean()
-        return torch.fft.irfft2(torch.fft.rfft2(maps.float()) * gain, s=(rows, columns))
+        spectrum = torch.fft.rfft2(maps.float())
+        filtered: Tensor = torch.fft.irfft2(spectrum * gain, s=(rows, columns))
+        return filtered
 
 
 def as_maps(hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """Tokens (batch, tokens, channels) as (…, channels, rows, columns); maps stay as they are."""
     if hidden.dim() == 4:
         return hidden
-    image = hidden.unflatten(1, (-1, grid[1], grid[2]))  # text tokens are in another stream
-    return image.movedim(-1, -3)
+    image: Tensor = hidden.unflatten(1, (-1, grid[1], grid[2])).movedim(-1, -3)
+    return image

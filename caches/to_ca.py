@@ -186,7 +186,8 @@ def _entropy(attention: Any, hidden: Tensor, text: Tensor) -> Tensor:
 
     query, key = split(query, norms[0]), split(key, norms[1])
     weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1).mean(1)
-    return -(weights * (weights + 1e-7).log()).sum(-1)
+    entropy: Tensor = -(weights * (weights + 1e-7).log()).sum(-1)
+    return entropy
 
 
 def _spread(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) -> Tensor:
@@ -198,4 +199,5 @@ def _spread(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) 
     cells = score.reshape(shape).transpose(3, 4).flatten(4)
     best = cells.argmax(-1, keepdim=True)
     raised = cells.scatter_add(-1, best, bonus * cells.gather(-1, best))
-    return raised.unflatten(-1, (cell, cell)).transpose(3, 4).reshape(score.shape)
+    whole: Tensor = raised.unflatten(-1, (cell, cell)).transpose(3, 4).reshape(score.shape)
+    return whole
