@@ -1,0 +1,189 @@
+"""Methods that choose tokens: ToCa, ClusCa, Token Merging; and the text cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_pipelines import TINY, built, run
+
+import accel
+from accel.caches.clus_ca import _Clusters
+from accel.caches.to_ca import _entropy, _Influence, _spread
+
+MERGING = ["sd15", "sdxl", "pixart", "dit", "latte", "sd3"]
+CROSS = ["sd15", "sdxl", "pixart", "wan21", "wan22", "ltx", "latte"]
+
+
+def rows(value: list[float]) -> torch.Tensor:
+    return torch.tensor([value])
+
+
+@pytest.mark.parametrize("family", ["wan21", "pixart", "flux"])
+def test_no_fresh_token_is_fora_with_a_full_last_step(family) -> None:
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, accel.ToCa(interval=7, warmup=1, ratio=0)):
+        none = run(tiny)
+    with accel.patched(tiny.pipe, accel.FORA(interval=7)):
+        assert torch.equal(run(tiny), none)
+
+
+@pytest.mark.parametrize("family", ["wan21", "pixart"])
+def test_all_tokens_fresh_reuse_attention_alone(family) -> None:
+    """Every MLP token computed on a skipped step is what computing the MLP gives."""
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, accel.ToCa(interval=7, warmup=1, ratio=1, cross=0)) as handle:
+        every = run(tiny)
+        assert handle.report().hit_rate > 0
+    reach = {"spatial": 7, "temporal": 7, "cross": 7, "window": (-1, 2000)}
+    with accel.patched(tiny.pipe, accel.PyramidAttentionBroadcast(**reach)):
+        attention = run(tiny)
+    assert torch.allclose(every, attention, atol=1e-5)
+
+
+def test_more_fresh_tokens_are_counted_as_work() -> None:
+    tiny, _ = built("pixart")
+    shares = []
+    for ratio in (0, 0.3, 0.6, 1):
+        with accel.patched(tiny.pipe, accel.ToCa(interval=4, warmup=1, ratio=ratio)) as handle:
+            run(tiny)
+            shares.append(handle.report().share_computed)
+    assert shares == sorted(set(shares))
+
+
+def test_the_best_token_of_each_cell_is_raised() -> None:
+    score = torch.arange(16.0).reshape(1, 16)
+    raised = _spread(score, (1, 4, 4), 2, 1.0)
+    changed = (raised != score).nonzero()[:, 1].tolist()
+    assert changed == [5, 7, 13, 15]
+    assert torch.equal(raised[0, changed], 2 * score[0, changed])
+    assert torch.equal(_spread(score, (1, 4, 4), 3, 1.0), score), "no whole cells"
+
+
+def test_guidance_halves_choose_the_same_tokens() -> None:
+    torch.manual_seed(0)
+    block = built("pixart")[0].pipe.transformer.transformer_blocks[0]
+    hidden = torch.randn(4, 6, block.attn2.to_q.in_features)
+    text = torch.randn(4, 5, block.attn2.to_k.in_features)
+    influence = _Influence(halves=True)
+    influence.of_attention(block.attn2, hidden, text)
+    assert torch.equal(influence.score[:2], influence.score[2:])
+    alone = _entropy(block.attn2, hidden, text)
+    assert (alone[:2] - alone[2:]).abs().max() > 0
+    assert (alone > 0).all()
+
+
+def test_clusters_are_found_and_each_gives_a_member() -> None:
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    torch.manual_seed(0)
+    tokens = (centres.repeat(4, 1) + 0.1 * torch.randn(12, 2)).unsqueeze(0)
+    clusters = _Clusters(3)
+    clusters.centres = tokens[:, [0, 1, 2]]
+    clusters.update(tokens)
+    assert clusters.members[0].tolist() == [0, 1, 2] * 4
+    for _ in range(5):
+        assert clusters.members[0][clusters.picks()[0]].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("family", MERGING)
+def test_nothing_merged_is_bit_exact(family) -> None:
+    tiny, baseline = built(family)
+    with accel.patched(tiny.pipe, accel.TokenMerging(ratio=0)):
+        assert torch.equal(run(tiny), baseline)
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("family", MERGING)
+def test_merging_acts_and_starts_fresh(family) -> None:
+    tiny, baseline = built(family)
+    change = {"height": 2 * tiny.call["height"]} if "height" in tiny.call else {}
+    method = accel.TokenMerging(ratio=0.5, mlp=True, cross=family in CROSS, max_downsample=4)
+    with accel.patched(tiny.pipe, method):
+        first = run(tiny)
+        run(tiny, **change)
+        assert torch.equal(run(tiny), first)
+    assert not torch.equal(first, baseline)
+    assert torch.isfinite(first).all()
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (5, 7), (6, 4)])
+@pytest.mark.parametrize("random", [True, False])
+def test_unmerging_gives_every_token_itself_or_its_destination(height, width, random) -> None:
+    torch.manual_seed(0)
+    method = accel.TokenMerging(ratio=0.5, random=random)
+    hidden = torch.randn(2, height * width, 8)
+    merge, unmerge = method.plan(hidden, (1, height, width), torch.Generator().manual_seed(0))
+    merged = merge(hidden)
+    count = min(height * width - (height // 2) * (width // 2), int(height * width * 0.5))
+    assert merged.shape == (2, height * width - count, 8)
+    back = unmerge(merged)
+    same = (back == hidden).all(-1).sum(1)
+    kept = height * width - count - (height // 2) * (width // 2)
+    assert (same >= kept).all()
+    index = torch.arange(merged.shape[1]).float().reshape(1, -1, 1).expand(2, -1, 8)
+    assert set(unmerge(index).unique().tolist()) == set(range(merged.shape[1]))
+
+
+def test_identical_tokens_merge_without_loss() -> None:
+    cell = torch.randn(1, 2, 2, 8).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    hidden = cell.reshape(1, 16, 8)
+    merge, unmerge = accel.TokenMerging(ratio=0.75).plan(hidden, (1, 4, 4), torch.Generator())
+    assert merge(hidden).shape[1] == 4
+    assert torch.allclose(unmerge(merge(hidden)), hidden, atol=1e-6)
+
+
+def test_odd_batches_use_no_random_places() -> None:
+    method, generator = accel.TokenMerging(), torch.Generator().manual_seed(0)
+    first = method.destinations(6, 6, 3, generator)
+    assert first[::2, ::2].all()
+    assert first.sum() == 9
+    assert not torch.equal(method.destinations(6, 6, 2, generator), first)
+
+
+@pytest.mark.parametrize("family", ["flux", "wan21", "ltx"])
+def test_merging_is_refused_for_rotary_embeddings(family) -> None:
+    tiny, baseline = built(family)
+    with pytest.raises(accel.AccelError, match="rotary"):
+        accel.patch(tiny.pipe, accel.TokenMerging())
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_merging_combines_with_a_cache_of_blocks() -> None:
+    tiny, _ = built("sd15")
+    merging = accel.TokenMerging(max_downsample=4)
+    methods = (accel.PlainCycle(interval=2), merging, accel.TextCache())
+    with accel.patched(tiny.pipe, *methods) as handle:
+        both = run(tiny)
+        assert 0.4 < handle.report().share_computed < 0.6
+    with accel.patched(tiny.pipe, methods[0]):
+        assert not torch.equal(run(tiny), both)
+
+
+@pytest.mark.parametrize("family", CROSS)
+def test_the_text_cache_is_exact_and_computes_once(family) -> None:
+    tiny, baseline = built(family)
+    module = getattr(tiny.pipe, "transformer", None) or tiny.pipe.unet
+    attention = next(m for n, m in module.named_modules() if n.endswith("attn2"))
+    calls: list[int] = []
+    hook = attention.to_k.register_forward_hook(lambda *_: calls.append(1))
+    run(tiny)
+    before = len(calls)
+    calls.clear()
+    with accel.patched(tiny.pipe, accel.TextCache()):
+        assert torch.equal(run(tiny), baseline)
+        assert torch.equal(run(tiny, prompt="zebra"), fresh(family, prompt="zebra"))
+    hook.remove()
+    if family != "latte":  # which repeats the text for each frame anew
+        assert len(calls) < before
+    assert torch.equal(run(tiny), baseline)
+
+
+def fresh(family: str, **changes) -> torch.Tensor:
+    return run(TINY[family](), **changes)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "dit"])
+def test_the_text_cache_is_refused_without_cross_attention(family) -> None:
+    tiny, _ = built(family)
+    with pytest.raises(accel.AccelError, match="cross-attention"):
+        accel.patch(tiny.pipe, accel.TextCache())
