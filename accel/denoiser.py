@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,8 @@ class Denoiser:
         self.chain = Chain(module, family)
         self.rows: list[StepRow] = []
         self.memory_bytes = 0
+        self.budget: int | None = None
+        """The most bytes that caches may hold; checked after the first step."""
         self.first_call: Callable[[], None] = lambda: None
         self._names = parameters(module)
         self.forgetting: list[Callable[[], Any]] = []
@@ -307,14 +309,15 @@ class Denoiser:
         return output
 
     def _record(self, forward: Forward, seconds: float) -> None:
-        held = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        if forward.step == 0 and self.budget is not None:
+            self._check_budget(forward.state, self.budget)
+        held = _bytes(
+            tensor
             for state in self._branches.values()
             for site in state.sites
             for tensor in (*site.history.tensors(), *vars(site.policy).values())
-            if isinstance(tensor, torch.Tensor)
-        }
-        self.memory_bytes = max(self.memory_bytes, sum(held.values()))
+        )
+        self.memory_bytes = max(self.memory_bytes, held)
         self.rows.append(
             StepRow(
                 denoiser=self.name,
@@ -326,6 +329,22 @@ class Denoiser:
                 blocks=forward.blocks or max(len(self.chain.blocks), 1),
             )
         )
+
+    def _check_budget(self, state: BranchState, budget: int) -> None:
+        """Refuse what the caches of all branches will hold, from the first step's tensors."""
+        branches = 2 if self.family.guidance == "sequential" else 1
+        total = self.clock.total
+        needed = branches * sum(
+            _bytes(each.history.tensors()) * site.reuse.depth(total)
+            + _bytes(each.policy.__dict__.values())
+            for site, each in zip(self._sites, state.sites, strict=True)
+        )
+        if needed > budget:
+            raise AccelError(
+                f"{self.name}: the caches would hold {needed / 1e9:.3g} GB in {branches} guidance "
+                f"branch(es), over the budget of {budget / 1e9:.3g} GB; take a method that holds "
+                "less (one residual of the whole stack: MagCache, PlainCycle) or HoldResidual()"
+            )
 
     # --- a block call --------------------------------------------------------------------------
 
@@ -389,6 +408,12 @@ class Denoiser:
             if site.stop and site.start <= index < site.stop:
                 return number, site
         return -1, None
+
+
+def _bytes(values: Iterable[Any]) -> int:
+    """Bytes of the memory behind all tensors among some values; views share theirs."""
+    stores = [each.untyped_storage() for each in values if isinstance(each, torch.Tensor)]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
 
 
 def _describe(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +27,9 @@ _DENOISERS = ("transformer", "transformer_2", "unet")
 class Patch:
     """What `patch` returns: the methods attached to one pipeline, and their removal."""
 
-    def __init__(self, pipe: Any, methods: tuple[Method, ...]) -> None:
+    def __init__(self, pipe: Any, methods: tuple[Method, ...], budget: int | None = None) -> None:
         self._pipe = pipe
+        self._budget = budget
         self._clock = StepClock()
         self._lock = threading.RLock()
         self._undo: list[Callable[[], None]] = []
@@ -97,6 +99,7 @@ class Patch:
         self._clock.listeners.clear()
         for denoiser in self._denoisers:
             denoiser.first_call = self._first_call
+            denoiser.budget = self._budget
             self._clock.listeners.append(denoiser.begin)
         self._pipe.__dict__[PATCH] = self
         self._undo.append(override(self._pipe, {"__call__": self._run}))
@@ -165,17 +168,23 @@ class Patch:
 
 
 def patch(
-    pipe: Any, *methods: Method, recipe: Recipe | dict[str, Any] | str | Path | None = None
+    pipe: Any,
+    *methods: Method,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    memory: int | str | None = None,
 ) -> Patch:
     """Make `pipe` faster until `unpatch(pipe)`.
 
     `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict or a
     `Recipe`). With neither, the recipe that lies beside the model's weights is used, or else
-    `EasyCache()`, which needs no knowledge of the model. Patching again replaces. Only this
+    `EasyCache()`, which needs no knowledge of the model. `memory`: the most that caches may hold,
+    in bytes or as "2GB"; what they will need is known after a run's first step, which raises
+    `AccelError` with the number when it is too much. Patching again replaces. Only this
     pipeline's objects are changed, never classes; on an error the pipeline is as before.
     """
     if methods and recipe is not None:
         raise AccelError("accel.patch: give methods or a recipe, not both")
+    budget = _bytes(memory)
     chosen = methods or _from_recipe(pipe, recipe)
     _check_methods(chosen)
     previous = pipe.__dict__.get(PATCH) if hasattr(pipe, "__dict__") else None
@@ -184,7 +193,7 @@ def patch(
     if previous is not None:
         previous.remove()
     try:
-        return Patch(pipe, chosen)
+        return Patch(pipe, chosen, budget)
     except BaseException:
         if previous is not None:
             previous.attach(before)
@@ -200,10 +209,13 @@ def unpatch(pipe: Any) -> None:
 
 @contextlib.contextmanager
 def patched(
-    pipe: Any, *methods: Method, recipe: Recipe | dict[str, Any] | str | Path | None = None
+    pipe: Any,
+    *methods: Method,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    memory: int | str | None = None,
 ) -> Iterator[Patch]:
     """`with accel.patched(pipe, …):` patches for the block only."""
-    handle = patch(pipe, *methods, recipe=recipe)
+    handle = patch(pipe, *methods, recipe=recipe, memory=memory)
     try:
         yield handle
     finally:
@@ -229,6 +241,21 @@ def _from_recipe(
             return (easy,)
         return found.methods
     return Recipe.read(recipe).methods
+
+
+def _bytes(memory: int | str | None) -> int | None:
+    """Bytes of `memory`; "2GB" and "500 MiB" are read."""
+    if memory is None or (isinstance(memory, int) and not isinstance(memory, bool) and memory > 0):
+        return memory
+    units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+)\s*", str(memory), re.IGNORECASE)
+    try:
+        size = int(float(found[1]) * units[found[2].upper()]) if found else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1:
+        raise AccelError(f'memory={memory!r}: give bytes above 0 or a size such as "2GB"')
+    return size
 
 
 def _check_methods(methods: tuple[Any, ...]) -> None:

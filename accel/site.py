@@ -180,6 +180,10 @@ class History(Protocol):
 class Approximator(Protocol):
     """Stands in for a skipped span; a frozen dataclass of settings."""
 
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        ...
+
     def start(self, total: int) -> History:
         """An empty history for a run of `total` steps."""
         ...

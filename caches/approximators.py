@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 class HoldResidual:
     """Repeat the last computed residual."""
 
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return 1
+
     def start(self, total: int) -> _Polynomial:
         """An empty history."""
         return _Polynomial(0)
@@ -40,6 +44,10 @@ class Newton:
     def __post_init__(self) -> None:
         check(is_count(self.order, 0), self, "order", "a whole number ≥ 0")
 
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return self.order + 1
+
     def start(self, total: int) -> _Polynomial:
         """An empty history."""
         return _Polynomial(self.order)
@@ -57,6 +65,10 @@ class Taylor:
 
     def __post_init__(self) -> None:
         check(is_count(self.order, 0), self, "order", "a whole number ≥ 0")
+
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return self.order + 1
 
     def start(self, total: int) -> _Differences:
         """An empty history."""
@@ -77,6 +89,10 @@ class HiCache:
     def __post_init__(self) -> None:
         check(is_count(self.order, 0), self, "order", "a whole number ≥ 0")
         check(is_number(self.sigma) and 0 < self.sigma <= 1, self, "sigma", "in (0, 1]")
+
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return self.order + 1
 
     def start(self, total: int) -> _Differences:
         """An empty history."""
@@ -108,6 +124,10 @@ class Chebyshev:
         keep = self.keep is None or is_count(self.keep, 2)
         check(keep, self, "keep", "None or a whole number ≥ 2")
 
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return total if self.keep is None else min(self.keep, total)
+
     def start(self, total: int) -> _Ridge:
         """An empty history."""
         return _Ridge(self, total)
@@ -126,6 +146,10 @@ class Aligned:
 
     def __post_init__(self) -> None:
         check(is_number(self.limit) and self.limit >= 1, self, "limit", "a number ≥ 1")
+
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return 4
 
     def start(self, total: int) -> _Alignment:
         """An empty history."""
@@ -147,6 +171,10 @@ class FoCa:
 
     def __post_init__(self) -> None:
         check(isinstance(self.per_step, bool), self, "per_step", "True or False")
+
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return 4
 
     def start(self, total: int) -> _Heun:
         """An empty history."""

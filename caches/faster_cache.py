@@ -73,6 +73,9 @@ class _Growing:
     begin: float
     weight: float
 
+    def depth(self, total: int) -> int:
+        return 2
+
     def start(self, total: int) -> _LastTwo:
         first = self.begin * total
         return _LastTwo(lambda step: self.weight * (step - first) / max(total - 1 - first, 1))

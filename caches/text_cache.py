@@ -24,12 +24,12 @@ class TextCache:
     """Compute what depends on the prompt alone once a run: exact, bit for bit.
 
     Keys and values of cross-attention, and the projection of the text before the blocks, are
-    repeated while their input is the very same unchanged memory (inference mode does not tell, and is
-    left alone). Combines with every other method.
-    Not for joint attention, where the text changes from block to block. Holds two tensors of the
-    text's length a block and branch, which for large models (Wan 14B: 0.4 GB a branch) costs more
-    than it saves; it pays where text is long beside the picture. Leave it out under
-    `torch.compile`: compiled blocks would break their graph at each projection.
+    repeated while their input is the very same unchanged memory (inference mode does not tell
+    whether it is, and repeats nothing). Combines with every other method. Not for joint attention,
+    where the text changes from block to block. Holds two tensors of the text's length a block and
+    branch, which for large models (Wan 14B: 0.4 GB a branch) costs more than it saves; it pays
+    where text is long beside the picture. Leave it out under `torch.compile`: compiled blocks
+    would break their graph at each projection.
     """
 
     slot: ClassVar[str] = "text"

@@ -1,0 +1,58 @@
+"""The memory budget: refused with the number, and what is held stays within what was said."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from tiny_pipelines import built, run
+
+import accel
+
+METHODS = [
+    accel.PlainCycle(interval=2),
+    accel.PlainCycle(interval=2, reuse=accel.Taylor(2)),
+    accel.FORA(interval=2),
+    accel.TaylorSeer(interval=2),
+    accel.Spectrum(warmup=2),
+    accel.FasterCache(start=0.1),
+    accel.DiCache(threshold=1e6, warmup=0.3),
+]
+
+
+@pytest.mark.parametrize("family", ["wan21", "flux", "sd3", "sd15"])
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_what_is_refused_is_what_would_be_held(method, family) -> None:
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, method) as handle:
+        run(tiny)
+        held = handle.report().memory_bytes
+    with (
+        accel.patched(tiny.pipe, method, memory=1),
+        pytest.raises(accel.AccelError, match="budget") as caught,
+    ):
+        run(tiny)
+    said = float(re.search(r"would hold ([0-9.e+-]+) GB", str(caught.value))[1]) * 1e9
+    assert held <= said * 1.01
+    assert said <= 5 * held
+    with accel.patched(tiny.pipe, method, memory=int(said * 1.01) + 1):
+        assert torch.isfinite(run(tiny)).all()
+
+
+def test_a_refused_run_leaves_the_pipeline_patched_and_whole() -> None:
+    tiny, baseline = built("wan21")
+    accel.patch(tiny.pipe, accel.TaylorSeer(), memory="1 KiB")
+    with pytest.raises(accel.AccelError, match="MagCache"):
+        run(tiny)
+    accel.patch(tiny.pipe, accel.PlainCycle(interval=1), memory="1GB")
+    assert torch.equal(run(tiny), baseline)
+    accel.unpatch(tiny.pipe)
+
+
+@pytest.mark.parametrize("memory", ["", "2", "lots", "-1GB", "1XB", 0, -5, True, 1.5, "1.2.3GB"])
+def test_wrong_budgets_are_refused(memory) -> None:
+    tiny, _ = built("wan21")
+    with pytest.raises(accel.AccelError, match="memory="):
+        accel.patch(tiny.pipe, accel.FORA(), memory=memory)
+    assert "_accel_patch" not in tiny.pipe.__dict__
