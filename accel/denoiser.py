@@ -11,25 +11,22 @@ from typing import Any
 
 import torch
 
+from accel.block_calls import call_block
 from accel.chain import Chain, parameters
 from accel.clock import StepClock
-from accel.family import ENCODER, HIDDEN, Arguments, Family
+from accel.family import ENCODER, Arguments, Family
 from accel.hooks import is_compiled_whole, override
 from accel.method import AccelError, Handle
+from accel.model_calls import call_model
 from accel.report import StepRow
-from accel.signals import SpanSignals
 from accel.site import (
     Approximator,
     Branch,
     BranchState,
-    Computed,
     Forward,
     Policy,
     Site,
     SiteState,
-    Streams,
-    add,
-    residual,
 )
 
 logger = logging.getLogger(__name__)
@@ -70,7 +67,8 @@ class Denoiser:
         self.forgetting: list[Callable[[], Any]] = []
         """Called whenever what a run has gathered is dropped."""
         self._followers = 0
-        self._sites: list[Site] = []
+        self.sites: list[Site] = []
+        """Everything that may be skipped; their states lie in the same order."""
         self._branches: dict[tuple[str, int], BranchState] = {}
         self._context: str | None = None
         self._calls: dict[str | None, int] = {}
@@ -137,7 +135,7 @@ class Denoiser:
 
     def add(self, site: Site, hook: Callable[[], Callable[[], None]] | None = None) -> Handle:
         """Let a site act; `hook` puts in place what calls it, and returns the undo."""
-        self._sites.append(site)
+        self.sites.append(site)
         handles = [Handle(lambda: self._drop(site))]
         try:
             self._hook()
@@ -167,10 +165,10 @@ class Denoiser:
 
     def number(self, site: Site) -> int:
         """The place of a site's state in `BranchState.sites`."""
-        return next(number for number, each in enumerate(self._sites) if each is site)
+        return next(number for number, each in enumerate(self.sites) if each is site)
 
     def _drop(self, site: Site) -> None:
-        del self._sites[self.number(site)]
+        del self.sites[self.number(site)]
         self.forget()
         self._unhook()
 
@@ -178,14 +176,14 @@ class Denoiser:
         if not self.skips_blocks:
             while self._block_undo:
                 self._block_undo.pop()()
-        if not self._sites and not self._followers and self._undo is not None:
+        if not self.sites and not self._followers and self._undo is not None:
             self._undo()
             self._undo = None
 
     @property
     def skips_blocks(self) -> bool:
         """Whether any site is a range of blocks."""
-        return any(site.stop for site in self._sites)
+        return any(site.stop for site in self.sites)
 
     def _hook(self) -> None:
         """Override what the sites need: the denoiser, and its blocks when a site is a range."""
@@ -195,7 +193,7 @@ class Denoiser:
             self._undo = override(self.module, {**calls, **changed})
         if self.skips_blocks and not self._block_undo:
             for index, block in enumerate(self.chain.blocks):
-                undo = override(block, {"__call__": partial(self._block, index)})
+                undo = override(block, {"__call__": partial(call_block, self, index)})
                 self._block_undo.append(undo)
 
     # --- run state -----------------------------------------------------------------------------
@@ -253,9 +251,7 @@ class Denoiser:
         state = self._branches.get(key)
         if state is None or state.signature != signature or not _same(state.condition, condition):
             total = self.clock.total
-            sites = [
-                SiteState(site.policy(branch), site.reuse.start(total)) for site in self._sites
-            ]
+            sites = [SiteState(site.policy(branch), site.reuse.start(total)) for site in self.sites]
             state = self._branches[key] = BranchState(branch, signature, condition, sites)
         state.condition = condition
         return state
@@ -275,37 +271,10 @@ class Denoiser:
         began = time.perf_counter()
         try:
             run = partial(original, *args, **kwargs)
-            output = self._through_model_sites(forward, arguments, run)
+            output = call_model(self, forward, arguments, run)
         finally:
             self.forward = None
         self._record(forward, time.perf_counter() - began)
-        return output
-
-    def _through_model_sites(
-        self, forward: Forward, arguments: Arguments, run: Callable[[], Any]
-    ) -> Any:
-        index = next((i for i, site in enumerate(self._sites) if site.stop is None), None)
-        if index is None:
-            return self._run(forward, run)
-        latent = arguments.get(self.family.latent)
-        signals = SpanSignals(self, forward, latent)
-        state = forward.state.sites[index]
-        if forward.decide(index, signals):
-            (value,) = forward.forecast(index, signals, lambda: (run()[0],))
-            assert value is not None  # only non-None predictions are remembered
-            return state.dress(value + _latent_like(latent, value.shape).to(value.dtype))
-        output = self._run(forward, run)
-        prediction = output[0]
-        base = _latent_like(latent, prediction.shape)
-        computed = Computed((base,), (prediction,), (prediction - base,))
-        forward.remember(index, signals, computed)
-        state.dress = _wrapper(output)
-        return output
-
-    def _run(self, forward: Forward, run: Callable[[], Any]) -> Any:
-        output = run()
-        if not forward.blocks:
-            forward.blocks = forward.blocks_run = max(len(self.chain.blocks), 1)
         return output
 
     def _record(self, forward: Forward, seconds: float) -> None:
@@ -337,7 +306,7 @@ class Denoiser:
         needed = branches * sum(
             _bytes(each.history.tensors()) * site.reuse.depth(total)
             + _bytes(each.policy.__dict__.values())
-            for site, each in zip(self._sites, state.sites, strict=True)
+            for site, each in zip(self.sites, state.sites, strict=True)
         )
         if needed > budget:
             raise AccelError(
@@ -345,69 +314,6 @@ class Denoiser:
                 f"branch(es), over the budget of {budget / 1e9:.3g} GB; take a method that holds "
                 "less (one residual of the whole stack: MagCache, PlainCycle) or HoldResidual()"
             )
-
-    # --- a block call --------------------------------------------------------------------------
-
-    def _block(self, index: int, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        forward, chain = self.forward, self.chain
-        if forward is None:
-            return original(*args, **kwargs)
-        forward.blocks += 1
-        arguments = chain.arguments(index, args, kwargs)
-        if index == 0:
-            forward.entry, forward.entry_arguments = chain.inputs(arguments), arguments
-        number, site = self._site_of(index)
-        if site is None or site.stop is None:
-            forward.blocks_run += 1
-            return chain.learn(index, arguments, original(*args, **kwargs))
-        last = index == site.stop - 1
-        if index == site.start:
-            forward.inputs[number] = chain.inputs(arguments)
-            if chain.known(index) and forward.entry:
-                forward.decide(number, SpanSignals(self, forward, forward.inputs[number][0]))
-        if number in forward.skipping:
-            if not last:
-                return chain.pass_on(index, chain.inputs(arguments))
-            run = partial(original, *args, **kwargs)
-            return self._stand_in(forward, number, arguments, run)
-        forward.blocks_run += 1
-        output = chain.learn(index, arguments, original(*args, **kwargs))
-        if last and chain.known(index) and number in forward.inputs and forward.entry:
-            self._remember(forward, number, chain.outputs(index, output))
-        return output
-
-    def _stand_in(
-        self, forward: Forward, number: int, arguments: Arguments, run: Callable[[], Any]
-    ) -> Any:
-        """What the last block of the skipped site `number` returns; `run` would compute it."""
-        site, entered = self._sites[number], forward.inputs[number]
-        assert site.stop  # a range of blocks
-        last = site.stop - 1
-
-        def compute() -> Streams:
-            forward.blocks_run += 1
-            return self.chain.outputs(last, run())
-
-        forecast = forward.forecast(number, SpanSignals(self, forward, entered[0]), compute)
-        if not site.keeps_output:
-            forecast = add(self.chain.relayout(entered, arguments.get(HIDDEN)), forecast)
-        return self.chain.pack(last, forecast)
-
-    def _remember(self, forward: Forward, number: int, outputs: Streams) -> None:
-        """The last block of site `number` was computed, and so was its first."""
-        entered = forward.inputs[number]
-        inputs = self.chain.relayout(entered, outputs[0])
-        keeps_output = self._sites[number].keeps_output
-        kept = outputs if keeps_output else residual(outputs, inputs)
-        if kept[0] is not None:
-            signals = SpanSignals(self, forward, entered[0])
-            forward.remember(number, signals, Computed(inputs, outputs, kept))
-
-    def _site_of(self, index: int) -> tuple[int, Site | None]:
-        for number, site in enumerate(self._sites):
-            if site.stop and site.start <= index < site.stop:
-                return number, site
-        return -1, None
 
 
 def _bytes(values: Iterable[Any]) -> int:
@@ -432,28 +338,3 @@ def _same(old: Any, new: Any) -> bool:
     if old is new or not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return True
     return bool(torch.equal(old, new))
-
-
-def _latent_like(latent: Any, shape: Any) -> Any:
-    """The latent in the prediction's shape: extra channels cut off, missing ones zero.
-
-    Image-to-video latents carry condition channels; learned-variance predictions carry more.
-    """
-    different = [axis for axis, size in enumerate(shape) if latent.shape[axis] != size]
-    if not different:
-        return latent
-    result = latent.new_zeros(shape)
-    if latent.dim() == len(shape) and len(different) == 1:
-        axis = different[0]
-        common = min(latent.shape[axis], shape[axis])
-        result.narrow(axis, 0, common).copy_(latent.narrow(axis, 0, common))
-    return result
-
-
-def _wrapper(output: Any) -> Callable[[Any], Any]:
-    """How to dress a prediction as `output` is: a tuple or a diffusers output object."""
-    if isinstance(output, tuple):
-        rest = output[1:]
-        return lambda prediction: (prediction, *rest)
-    kind, field = type(output), next(iter(output.keys()))
-    return lambda prediction: kind(**{field: prediction})

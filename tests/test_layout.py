@@ -14,7 +14,10 @@ from accel import registry
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("caches", "samplers", "kernels", "pipelines")
-CONTRACTS = {"method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"}
+CONTRACTS = {
+    *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
+    *("block_calls", "geometry", "model_calls", "sublayer"),
+}
 SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
 
 
