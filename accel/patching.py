@@ -175,8 +175,8 @@ def patch(
 ) -> Patch:
     """Make `pipe` faster until `unpatch(pipe)`.
 
-    `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict or a
-    `Recipe`). With neither, the recipe that lies beside the model's weights is used, or else
+    `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict, a
+    `Recipe`, or "published:NAME" for settings that a method's authors published). With neither, the recipe that lies beside the model's weights is used, or else
     `EasyCache()`, which needs no knowledge of the model. `memory`: the most that caches may hold,
     in bytes or as "2GB"; what they will need is known after a run's first step, which raises
     `AccelError` with the number when it is too much. Patching again replaces. Only this

@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+import accel
 from accel import registry
 from accel.method import AccelError, Method
 
 FILE_NAME = "accel_recipe.json"
+PUBLISHED = "published:"
 _LIMIT = 1_000_000
 
 
@@ -28,13 +30,15 @@ class _Entry(BaseModel):
 class Recipe(BaseModel):
     """The methods of one model, in order, and the evidence for them.
 
-    `model` is the denoiser's class name; `measured` holds benchmark rows and may be empty.
+    `model` is the denoiser's class name, `source` where settings come from that we did not measure;
+    `measured` holds benchmark rows and may be empty.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
     schema_version: Literal[1] = 1
     model: str = ""
+    source: str = ""
     entries: tuple[_Entry, ...]
     measured: tuple[dict[str, Any], ...] = ()
 
@@ -69,9 +73,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, source: Recipe | Mapping[str, Any] | str | Path, name: str = "recipe") -> Recipe:
-        """A recipe from a recipe, a dict or a path; everything in it is checked."""
+        """A recipe from a recipe, a dict, a path or "published:NAME"; everything is checked."""
         if isinstance(source, Recipe):
             return source
+        if isinstance(source, str) and source.startswith(PUBLISHED):
+            return cls.read(published(source.removeprefix(PUBLISHED)), source)
         if isinstance(source, str | Path):
             return cls.load(source)
         try:
@@ -94,6 +100,16 @@ class Recipe(BaseModel):
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)
+
+
+def published(name: str) -> dict[str, Any]:
+    """The settings that a method's authors published for a model, such as "magcache/qwen-image"."""
+    places = (Path(folder) / "pipelines" / "published.json" for folder in accel.__path__)
+    file = next(place for place in places if place.is_file())
+    known: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    if name not in known:
+        raise AccelError(f"no published settings {name!r}; known: {', '.join(sorted(known))}")
+    return known[name]
 
 
 def beside(pipe: Any) -> Recipe | None:

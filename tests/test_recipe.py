@@ -1,12 +1,17 @@
 """Recipes are strict, and come back as they were saved."""
 
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_pipelines import built, run
 
 import accel
+from accel import registry
 from accel.recipe import Recipe
 
 GOOD = {"entries": [{"name": "MagCache", "settings": {"threshold": 0.1}}]}
@@ -65,3 +70,36 @@ def test_too_large_and_missing_files(tmp_path) -> None:
 def test_any_json_value_is_refused_cleanly(value) -> None:
     with pytest.raises(accel.AccelError):
         _ = Recipe.read({"entries": [{"name": "EasyCache", "settings": {"threshold": [value]}}]})
+
+
+PUBLISHED = json.loads((Path(accel.__file__).parents[1] / "pipelines/published.json").read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings_are_whole(name) -> None:
+    recipe = accel.Recipe.read(f"published:{name}")
+    assert recipe.source
+    assert recipe.measured == ()
+    (method,) = recipe.methods
+    assert not getattr(method, "unmeasured", False)
+    if recipe.model in registry.FAMILIES:
+        family = registry.FAMILIES[recipe.model]
+        tiny, _ = built({"wan": "wan21"}.get(family, family))
+        steps = 30 if hasattr(method, "ratios") else 12
+        with accel.patched(tiny.pipe, recipe=f"published:{name}") as handle:
+            assert torch.isfinite(run(tiny, num_inference_steps=steps)).all()
+            assert handle.recipe().methods == (method,)
+
+
+def test_published_polynomials_are_not_negative_in_their_domain() -> None:
+    for name, content in PUBLISHED.items():
+        if name.startswith("teacache/"):
+            settings = content["entries"][0]["settings"]
+            changes = np.linspace(*settings["domain"], 200)
+            assert (np.polyval(settings["polynomial"], changes) >= -1e-3).all(), name
+
+
+def test_an_unknown_published_name_lists_the_known_ones() -> None:
+    tiny, _ = built("wan21")
+    with pytest.raises(accel.AccelError, match="magcache/qwen-image"):
+        accel.patch(tiny.pipe, recipe="published:nothing")
