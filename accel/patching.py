@@ -176,11 +176,12 @@ def patch(
     """Make `pipe` faster until `unpatch(pipe)`.
 
     `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict, a
-    `Recipe`, or "published:NAME" for settings that a method's authors published). With neither, the recipe that lies beside the model's weights is used, or else
-    `EasyCache()`, which needs no knowledge of the model. `memory`: the most that caches may hold,
-    in bytes or as "2GB"; what they will need is known after a run's first step, which raises
-    `AccelError` with the number when it is too much. Patching again replaces. Only this
-    pipeline's objects are changed, never classes; on an error the pipeline is as before.
+    `Recipe`, or "published:NAME" for settings that a method's authors published). With neither, the
+    recipe that lies beside the model's weights is used, or else `EasyCache()`, which needs no
+    knowledge of the model. `memory`: the most that caches may hold, in bytes or as "2GB"; what they
+    need is known after a run's first step, which raises `AccelError` with the number when it is too
+    much. Patching again replaces. Only this pipeline's objects are changed, never classes; on an
+    error the pipeline is as before.
     """
     if methods and recipe is not None:
         raise AccelError("accel.patch: give methods or a recipe, not both")

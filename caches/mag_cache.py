@@ -84,7 +84,8 @@ class MagCache:
             return _RatioChain(self, tables.get(branch.name) or next(iter(tables.values())))
 
         def settled() -> MagCache:
-            return replace(self, ratios=tables or _measured_tables(measured) or None)
+            found = self.ratios or tables or _measured_tables(measured) or None
+            return replace(self, ratios=found)
 
         if not tables:
             logger.info("MagCache: no ratios known; the first run is computed in full and measured")

@@ -98,7 +98,7 @@ def test_nothing_saved_is_said_loudly(model, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--method", "nocache"], "unknown method 'nocache'; accepted: block"),
+        (["--method", "nocache"], "unknown method 'nocache'; accepted: adacache"),
         (["--method", "magcache", "--set", "treshold=1"], "no setting treshold; accepted"),
         (["--method", "magcache", "--set", "threshold"], "write key=value"),
         (["--set", "threshold=1"], "--set needs exactly one --method"),

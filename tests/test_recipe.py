@@ -42,7 +42,7 @@ def test_round_trip(tmp_path) -> None:
         ({**GOOD, "schema_version": 2}, "schema_version"),
         (
             {"entries": [{"name": "NoCache"}]},
-            "unknown method 'NoCache'; accepted: block",
+            "unknown method 'NoCache'; accepted: adacache",
         ),
         ({"entries": [{"name": "EasyCache", "settings": {"treshold": 1}}]}, "no setting treshold"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": -1}}]}, "number ≥ 0"),

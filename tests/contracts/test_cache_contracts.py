@@ -84,6 +84,31 @@ def test_methods_are_refused_with_the_reason_where_they_do_not_apply(name, tiny,
     MATRIX[name, family_of(tiny)] = "refused"
 
 
+@pairs
+def test_a_batch_of_three_reuses_and_keeps_its_rows(name, tiny) -> None:
+    """Three prompts at once, guided where the family is: rows keep to themselves and their order."""
+    rows: dict[str, Any] = {"prompt": ["a cat", "zebra", "dog"]}
+    if "negative_prompt" in tiny.call:
+        rows["negative_prompt"] = ["dog", "horse", "a"]
+    if "class_labels" in tiny.call:
+        rows = {"class_labels": [5, 7, 2]}
+
+    def batch(order: list[int]) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in order]
+        given = {key: [value[n] for n in order] for key, value in rows.items()}
+        return run(tiny, **given, generator=generators)
+
+    with accel.patched(tiny.pipe, make(name, ACTIVE)) as handle:
+        result = batch([0, 1, 2])
+        assert handle.report().hit_rate > 0
+        assert torch.isfinite(result).all()
+        assert torch.equal(batch([0, 1, 2]), result)
+        turned = batch([2, 0, 1])
+    for place, row in enumerate([2, 0, 1]):
+        if name in STATIC and family_of(tiny) != "latte":
+            assert torch.allclose(turned[place], result[row], atol=1e-3 * result.abs().max())
+
+
 class InterruptedRunError(Exception):
     pass
 
