@@ -73,21 +73,21 @@ def _configs(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
     )
 
     pipe, steps = bench.pipe, bench.plan.steps
-    for threshold in (0.05, 0.1):
+    for threshold in (0.05, 0.1, 0.2, 0.4):
         yield (
             f"FirstBlockCache(threshold={threshold})",
             lambda t=threshold: FirstBlockCacheConfig(threshold=t),  # type: ignore[misc]
         )
     ratios = _measured_ratios(bench)
-    for threshold, skips in ((0.06, 3), (0.12, 4)):
+    for threshold, skips in ((0.06, 3), (0.12, 4), (0.24, 6), (0.5, 8)):
         yield (
             f"MagCache(threshold={threshold}, max_skip_steps={skips}), measured ratios",
             lambda t=threshold, k=skips: MagCacheConfig(  # type: ignore[misc]
                 threshold=t, max_skip_steps=k, num_inference_steps=steps, mag_ratios=ratios
             ),
         )
-    for interval in (2, 3):
-        for lite in (False, True):
+    for interval, forms in ((3, (False, True)), (5, (False, True)), (7, (True,))):
+        for lite in forms:
             yield (
                 f"TaylorSeer(interval={interval}{', lite' if lite else ''})",
                 lambda i=interval, use=lite: TaylorSeerCacheConfig(  # type: ignore[misc]
@@ -97,12 +97,15 @@ def _configs(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
                 ),
             )
     timestep = {"current_timestep_callback": lambda: pipe.current_timestep}
-    yield (
-        "PyramidAttentionBroadcast(spatial=2, cross=5)",
-        lambda: PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, cross_attention_block_skip_range=5, **timestep
-        ),
-    )
+    for spatial, cross in ((2, 5), (4, 8)):
+        yield (
+            f"PyramidAttentionBroadcast(spatial={spatial}, cross={cross})",
+            lambda s=spatial, c=cross: PyramidAttentionBroadcastConfig(  # type: ignore[misc]
+                spatial_attention_block_skip_range=s,
+                cross_attention_block_skip_range=c,
+                **timestep,
+            ),
+        )
     yield (
         "FasterCache(spatial=2)",
         lambda: FasterCacheConfig(spatial_attention_block_skip_range=2, **timestep),
@@ -111,7 +114,7 @@ def _configs(bench: Bench) -> Iterator[tuple[str, Callable[[], Any]]]:
         from diffusers import SeaCacheConfig
     except ImportError:
         return
-    for threshold in (0.1, 0.25):
+    for threshold in (0.1, 0.25, 0.5, 1.0):
         yield f"SeaCache(threshold={threshold})", lambda t=threshold: SeaCacheConfig(threshold=t)  # type: ignore[misc]
 
 

@@ -86,7 +86,7 @@ def test_methods_are_refused_with_the_reason_where_they_do_not_apply(name, tiny,
 
 @pairs
 def test_a_batch_of_three_reuses_and_keeps_its_rows(name, tiny) -> None:
-    """Three prompts at once, guided where the family is: rows keep to themselves and their order."""
+    """Three prompts at once, guided where the family is: rows keep their order."""
     rows: dict[str, Any] = {"prompt": ["a cat", "zebra", "dog"]}
     if "negative_prompt" in tiny.call:
         rows["negative_prompt"] = ["dog", "horse", "a"]
