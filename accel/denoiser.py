@@ -60,10 +60,12 @@ class Denoiser:
         self.chain = Chain(module, family)
         self.rows: list[StepRow] = []
         self.memory_bytes = 0
+        self.guidance: Callable[..., Any] | None = None
+        """Stands between the pipeline and the branches (see `accel.guidance`)."""
         self.budget: int | None = None
         """The most bytes that caches may hold; checked after the first step."""
         self.first_call: Callable[[], None] = lambda: None
-        self._names = parameters(module)
+        self.names = parameters(module)
         self.forgetting: list[Callable[[], Any]] = []
         """Called whenever what a run has gathered is dropped."""
         self._followers = 0
@@ -240,8 +242,7 @@ class Denoiser:
         names = ("batched",) if self.family.guidance == "batched" else ("cond", "uncond")
         return Branch(names[ordinal] if ordinal < len(names) else f"call{ordinal}", ordinal)
 
-    def _state(self, arguments: Arguments) -> BranchState:
-        branch = self._branch()
+    def _state(self, arguments: Arguments, branch: Branch) -> BranchState:
         signature = tuple(
             _describe(value)
             for value in (*arguments.args, *sorted(arguments.kwargs.items(), key=lambda kv: kv[0]))
@@ -259,21 +260,37 @@ class Denoiser:
     # --- a denoiser call -----------------------------------------------------------------------
 
     def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        clock, step = self.clock, self.clock.step
-        if step is None:
+        if self.clock.step is None:
             return original(*args, **kwargs)
-        if step == 0:
+        if self.clock.step == 0:
             self.first_call()
-        arguments = Arguments(self._names, args, kwargs)
-        place = step + clock.schedule - clock.total
-        forward = Forward(self._state(arguments), step, clock.total, place, clock, arguments)
+        run = partial(self._run_branch, original)
+        return (
+            run(None, args, kwargs) if self.guidance is None else self.guidance(run, args, kwargs)
+        )
+
+    def _run_branch(
+        self,
+        original: Callable[..., Any],
+        branch: Branch | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """One guidance pass: `branch`, or what the order of calls says."""
+        clock = self.clock
+        assert clock.step is not None  # called during a run only
+        arguments = Arguments(self.names, args, kwargs)
+        place = clock.step + clock.schedule - clock.total
+        state = self._state(arguments, branch or self._branch())
+        forward = Forward(state, clock.step, clock.total, place, clock, arguments)
         self.forward = forward
         began = time.perf_counter()
         try:
-            run = partial(original, *args, **kwargs)
-            output = call_model(self, forward, arguments, run)
+            output = call_model(self, forward, arguments, partial(original, *args, **kwargs))
         finally:
             self.forward = None
+        if branch is not None and branch.name == "batched":
+            forward.blocks, forward.blocks_run = 2 * forward.blocks, 2 * forward.blocks_run
         self._record(forward, time.perf_counter() - began)
         return output
 

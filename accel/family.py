@@ -78,7 +78,8 @@ class Family:
     `blocks(denoiser)`: the chain, where it is not made of lists; `spans(denoiser)`: spans of a
     U-Net's chain that lie inside each skip connection, outermost first. `grid(arguments)`: frames,
     rows and columns of tokens, where the latent's shape does not tell; `frames_first`: latents are
-    (batch, frames, channels, height, width).
+    (batch, frames, channels, height, width); `packed`: latent pixels a side that a token's channels
+    hold; `cond_first`: batched guidance puts the conditional half first.
     """
 
     name: str
@@ -92,6 +93,8 @@ class Family:
     spans: Callable[[Any], list[tuple[int, int]]] | None = None
     grid: Callable[[Arguments], tuple[int, int, int]] | None = None
     frames_first: bool = False
+    packed: int = 1
+    cond_first: bool = False
 
     def chain(self, denoiser: Any) -> list[tuple[Any, Stack]]:
         """The blocks in calling order, each with its stack."""

@@ -32,7 +32,7 @@ def call_model(
     base = _latent_like(latent, prediction.shape)
     computed = Computed((base,), (prediction,), (prediction - base,))
     forward.remember(index, signals, computed)
-    state.dress = _wrapper(output)
+    state.dress = dressed(output)
     return output
 
 
@@ -59,7 +59,7 @@ def _latent_like(latent: Any, shape: Any) -> Any:
     return result
 
 
-def _wrapper(output: Any) -> Callable[[Any], Any]:
+def dressed(output: Any) -> Callable[[Any], Any]:
     """How to dress a prediction as `output` is: a tuple or a diffusers output object."""
     if isinstance(output, tuple):
         rest = output[1:]

@@ -38,6 +38,10 @@ METHODS: dict[str, str] = {
     "ertacache": "accel.caches.erta_cache:ERTACache",
     "textcache": "accel.caches.text_cache:TextCache",
     "tokenmerging": "accel.caches.token_merging:TokenMerging",
+    "guidanceinterval": "accel.samplers.guidance_interval:GuidanceInterval",
+    "adaptiveguidance": "accel.samplers.adaptive_guidance:AdaptiveGuidance",
+    "cfgcache": "accel.samplers.cfg_cache:CfgCache",
+    "cfgzerostar": "accel.samplers.cfg_zero_star:CfgZeroStar",
     "clusca": "accel.caches.clus_ca:ClusCa",
 }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Verdict = Literal["computed", "reused", "extrapolated"]
-_LETTERS = {"computed": "C", "reused": "R", "extrapolated": "E"}
+Verdict = Literal["computed", "reused", "extrapolated", "left out"]
+_LETTERS = {"computed": "C", "reused": "R", "extrapolated": "E", "left out": "-"}
 assert set(_LETTERS) == set(get_args(Verdict))
 
 
@@ -56,7 +56,10 @@ class Report:
 
     @property
     def verdicts(self) -> dict[str, str]:
-        """One letter a step for each denoiser and branch: C computed, R reused, E extrapolated."""
+        """One letter a step for each denoiser and branch.
+
+        C computed, R reused, E extrapolated, - left out.
+        """
         strings: dict[str, str] = {}
         for row in self.rows:
             key = f"{row.denoiser}/{row.branch}"

@@ -20,4 +20,5 @@ FAMILY = Family(
     name="dit",
     stacks=(Stack("transformer_blocks"),),
     observer=modulated_by_class,
+    cond_first=True,
 )

@@ -18,4 +18,5 @@ FAMILY = Family(
     guidance="sequential",
     observer=modulated_input,
     grid=grid,
+    packed=2,
 )

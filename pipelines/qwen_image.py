@@ -15,4 +15,5 @@ FAMILY = Family(
     guidance="sequential",
     observer=time_embedding(),
     grid=grid,
+    packed=2,
 )

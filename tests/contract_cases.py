@@ -71,7 +71,10 @@ IDENTITY: dict[str, Any] = {
     "ertacache": {"scales": (0.0,)},
     "clusca": {"interval": 1},
 }
-OTHER_SLOTS = {"textcache", "tokenmerging"}
+OTHER_SLOTS = {
+    *("textcache", "tokenmerging"),
+    *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval"),
+}
 """Methods that skip no part of the denoiser; they have tests of their own."""
 METHODS = [name for name in registry.METHODS if name not in OTHER_SLOTS]
 UNETS = {"sd15", "sdxl"}

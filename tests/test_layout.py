@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("caches", "samplers", "kernels", "pipelines")
 CONTRACTS = {
     *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
-    *("block_calls", "geometry", "model_calls", "sublayer"),
+    *("block_calls", "geometry", "guidance", "model_calls", "sublayer"),
 }
 SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
 

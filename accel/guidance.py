@@ -1,0 +1,259 @@
+"""Classifier-free guidance seen by a policy: which branch runs, and what stands in for the other.
+
+A pipeline computes û + w·(c − û) itself; a policy only says whether û is really computed. Where
+both branches ride in one batch (negative half first), a step without the unconditional branch runs
+the other half alone; where they are two calls (conditional first), the second is not made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from accel.family import Arguments, Family
+from accel.geometry import token_grid
+from accel.method import AccelError, Handle
+from accel.model_calls import dressed
+from accel.report import StepRow
+from accel.site import Branch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accel.denoiser import Denoiser
+
+_UNBATCHED = ("rotary", "img_ids", "txt_ids")
+
+
+@dataclass(frozen=True)
+class GuidanceContext:
+    """A step as a guidance policy sees it; `log_snr` is log(signal/noise) of the latent.
+
+    `planes(x)` turns a prediction into (…, rows, columns) maps, `tokens(x)` back.
+    """
+
+    step: int
+    total: int
+    timestep: float
+    log_snr: float
+    planes: Callable[[Tensor], Tensor]
+    tokens: Callable[[Tensor], Tensor]
+
+
+class GuidancePolicy(Protocol):
+    """Decides for one denoiser during one run; made anew for each run."""
+
+    def begin(self, context: GuidanceContext) -> str:
+        """What to do: "full" (both branches), "cond" (one) or "zero" (none, a zero prediction)."""
+        ...
+
+    def full(self, context: GuidanceContext, cond: Tensor, uncond: Tensor) -> Tensor:
+        """Both were computed; returns what the pipeline takes for the unconditional one."""
+        ...
+
+    def substitute(self, context: GuidanceContext, cond: Tensor) -> Tensor:
+        """What stands in for the unconditional prediction."""
+        ...
+
+
+def guide(denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str) -> Handle:
+    """Let `policy` decide about the guidance branches of a denoiser."""
+    if denoiser.family.guidance == "embedded":
+        raise AccelError(
+            f"{method}: {type(denoiser.module).__name__} takes the guidance scale as an input and "
+            "has no unconditional branch to leave out"
+        )
+    branches = _Branches(denoiser, policy, method)
+
+    def hook() -> Callable[[], None]:
+        denoiser.guidance = branches.call
+
+        def undo() -> None:
+            denoiser.guidance = None
+
+        return undo
+
+    return denoiser.follow(hook)
+
+
+class _Branches:
+    """Runs the branches of every step that the policy wants."""
+
+    def __init__(
+        self, denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str
+    ) -> None:
+        self.denoiser, self.make, self.method = denoiser, policy, method
+        self.run, self.step = -1, -1
+        self.policy: GuidancePolicy = policy()
+        self.choice = "full"
+        self.cond: Tensor | None = None
+        self.calls = 0
+        self.unguided: tuple[int, int] | None = None
+        self.doubled = False
+
+    def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pipeline calls the denoiser; `run(branch, args, kwargs)` really does."""
+        denoiser, clock = self.denoiser, self.denoiser.clock
+        assert clock.step is not None  # asked during a run only
+        arguments = Arguments(denoiser.names, args, kwargs)
+        if clock.run != self.run:
+            self.run, self.policy, self.step = clock.run, self.make(), -1
+            self.doubled = _is_doubled(denoiser, arguments)
+            self.unguided = None
+        if clock.step != self.step:
+            self._check_last_step()
+            self.step, self.calls = clock.step, 0
+            context = self._context(arguments)
+            self.choice = self.policy.begin(context)
+        self.calls += 1
+        if denoiser.family.guidance == "batched":
+            return self._batched(run, arguments) if self.calls == 1 else run(None, args, kwargs)
+        return self._sequential(run, arguments)
+
+    def _check_last_step(self) -> None:
+        """A step of two-call guidance must have had its second call."""
+        if self.step >= 0 and self.calls == 1 and self.denoiser.family.guidance == "sequential":
+            raise AccelError(self._off())
+
+    def _off(self) -> str:
+        return (
+            f"{self.method} saves the unconditional branch, but this run has none: guidance is off "
+            "(a guidance scale above 1 and, where the pipeline asks for it, a negative prompt "
+            "switch it on)"
+        )
+
+    def _sequential(self, run: Callable[..., Any], arguments: Arguments) -> Any:
+        args, kwargs = arguments.args, arguments.kwargs
+        if self.choice == "zero" and self.calls <= 2:
+            self._note(("cond", "uncond")[self.calls - 1])
+            return _zeros(arguments, self.denoiser.family)
+        if self.calls == 1:
+            output = run(None, args, kwargs)
+            self.cond, self.dress = output[0], dressed(output)
+            return output
+        if self.calls > 2 or self.cond is None:
+            return run(None, args, kwargs)
+        context = self._context(arguments)
+        if self.choice == "full":
+            output = run(None, args, kwargs)
+            return dressed(output)(self.policy.full(context, self.cond, output[0]))
+        self._note("uncond")
+        return self.dress(self.policy.substitute(context, self.cond))
+
+    def _batched(self, run: Callable[..., Any], arguments: Arguments) -> Any:
+        if not self.doubled:
+            raise AccelError(self._off())
+        if self.choice == "zero":
+            self._note("cond")
+            self._note("uncond")
+            return _zeros(arguments, self.denoiser.family)
+        context = self._context(arguments)
+        args, kwargs = arguments.args, arguments.kwargs
+        order = (0, 1) if self.denoiser.family.cond_first else (1, 0)
+        if self.choice == "full" and not self.denoiser.sites:
+            output = run(Branch("batched", 0), args, kwargs)
+            halves = output[0].chunk(2)
+            cond, uncond = halves[order[0]], halves[order[1]]
+        else:
+            output = run(Branch("cond", 0), *_half(arguments, order[0]))
+            cond, uncond = output[0], None
+            if self.choice == "full":
+                uncond = run(Branch("uncond", 1), *_half(arguments, order[1]))[0]
+            else:
+                self._note("uncond")
+        if uncond is None:
+            uncond = self.policy.substitute(context, cond)
+        else:
+            uncond = self.policy.full(context, cond, uncond)
+        pair = (cond, uncond) if order[0] == 0 else (uncond, cond)
+        return dressed(output)(torch.cat(pair))
+
+    def _note(self, branch: str) -> None:
+        """A branch was left out."""
+        rows, name = self.denoiser.rows, self.denoiser.name
+        count = rows[-1].blocks if rows else max(len(self.denoiser.chain.blocks), 1)
+        rows.append(StepRow(name, branch, self.step, "left out", 0.0, 0, count))
+
+    def _context(self, arguments: Arguments) -> GuidanceContext:
+        clock, denoiser = self.denoiser.clock, self.denoiser
+        assert clock.step is not None  # asked during a run only
+        place = clock.step + clock.schedule - clock.total
+
+        def planes(x: Tensor) -> Tensor:
+            return _planes(x, denoiser, arguments)
+
+        def tokens(x: Tensor) -> Tensor:
+            return _tokens(x, denoiser, arguments)
+
+        return GuidanceContext(
+            clock.step, clock.total, clock.timesteps[place], clock.log_snr[place], planes, tokens
+        )
+
+
+def _is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
+    """Whether the latent holds the same batch twice, as batched guidance makes it."""
+    if denoiser.family.guidance != "batched":
+        return False
+    latent = arguments.get(denoiser.family.latent)
+    if len(latent) % 2:
+        return False
+    first, second = latent.chunk(2)
+    return bool(torch.equal(first, second))
+
+
+def _half(arguments: Arguments, which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments for one half of the batch."""
+    batch = next(
+        len(value)
+        for value in (*arguments.args, *arguments.kwargs.values())
+        if isinstance(value, torch.Tensor) and value.dim() > 1
+    )
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch:
+            return value.chunk(2)[which]
+        if isinstance(value, list | tuple):
+            return type(value)(cut(each) for each in value)
+        if isinstance(value, dict):
+            return {key: cut(each) for key, each in value.items()}
+        return value
+
+    args = tuple(cut(value) for value in arguments.args)
+    kwargs = {
+        name: value if any(part in name for part in _UNBATCHED) else cut(value)
+        for name, value in arguments.kwargs.items()
+    }
+    return args, kwargs
+
+
+def _zeros(arguments: Arguments, family: Family) -> Any:
+    """A prediction of zeros in the form that the pipeline expects."""
+    zeros = torch.zeros_like(arguments.get(family.latent))
+    if arguments.get("return_dict") is False:
+        return (zeros,)
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=zeros)
+
+
+def _planes(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
+    """A prediction as (…, rows, columns); packed tokens are unpacked."""
+    if x.dim() != 3:
+        return x
+    frames, rows, columns = token_grid(denoiser.module, denoiser.family, arguments)
+    patch = denoiser.family.packed
+    grid = x.reshape(len(x), frames, rows, columns, -1, patch, patch)
+    return grid.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(4, 5)
+
+
+def _tokens(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
+    """The inverse of `_planes`."""
+    if arguments.get(denoiser.family.latent).dim() != 3:
+        return x
+    patch = denoiser.family.packed
+    apart = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
+    packed: Tensor = apart.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)
+    return packed

@@ -1,0 +1,187 @@
+"""Guidance policies: exact where they skip nothing, the same in one batch and in two calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import TINY, built, run
+
+import accel
+from accel.samplers.cfg_cache import _low_band
+
+GUIDED = [name for name in TINY if name not in ("flux", "hunyuan_video")]
+FLOW = ["flux_cfg", "sd3", "wan21", "wan22", "qwen_image", "ltx", "mochi"]
+FULL = [
+    accel.GuidanceInterval(highest=None),
+    accel.AdaptiveGuidance(threshold=1.0),
+    accel.CfgCache(interval=1),
+]
+LESS = [
+    accel.GuidanceInterval(highest=-1e3),
+    accel.AdaptiveGuidance(threshold=-1.0, warmup=1),
+    accel.CfgCache(interval=3, start=0.0),
+]
+
+
+def near(new: torch.Tensor, old: torch.Tensor, share: float = 1e-4) -> bool:
+    return bool((new - old).abs().max() <= share * old.abs().max())
+
+
+@pytest.mark.parametrize("method", FULL, ids=repr)
+@pytest.mark.parametrize("name", GUIDED)
+def test_always_full_is_the_untouched_run(name, method) -> None:
+    tiny, baseline = built(name)
+    with accel.patched(tiny.pipe, method) as handle:
+        assert torch.equal(run(tiny), baseline)
+        assert handle.report().share_computed == 1.0
+    with accel.patched(tiny.pipe, method, accel.PlainCycle(interval=1)):
+        assert near(run(tiny), baseline), "branches apart differ by rounding alone"
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("method", LESS, ids=repr)
+@pytest.mark.parametrize("name", GUIDED)
+def test_leaving_out_a_branch_saves_calls_and_starts_fresh(name, method) -> None:
+    tiny, baseline = built(name)
+    with accel.patched(tiny.pipe, method) as handle:
+        first = run(tiny)
+        report = handle.report()
+        run(tiny, num_inference_steps=5)
+        assert torch.equal(run(tiny), first)
+    assert 0.4 < report.share_computed < 0.8
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, baseline)
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "cogvideox", "wan21", "qwen_image"])
+def test_no_guidance_at_all_is_a_scale_of_one(name) -> None:
+    """û = c at every step, whatever the scale says."""
+    tiny, _ = built(name)
+    argument = "true_cfg_scale" if name == "qwen_image" else "guidance_scale"
+    plain = run(tiny, **{argument: 1.0})
+    with accel.patched(tiny.pipe, accel.GuidanceInterval(highest=-1e9)):
+        assert near(run(tiny), plain)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan21", "pixart"])
+@pytest.mark.parametrize("method", [accel.GuidanceInterval(), accel.CfgCache(interval=2)])
+def test_rows_of_a_batch_are_independent(name, method) -> None:
+    tiny, _ = built(name)
+    rows = {"prompt": ["a cat", "zebra"], "negative_prompt": ["dog", "horse"]}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    with accel.patched(tiny.pipe, method):
+        both = run(tiny, **rows, generator=generators)
+        alone = {key: value[:1] for key, value in rows.items()}
+        one = run(tiny, **alone, generator=[torch.Generator().manual_seed(0)])
+    assert near(both[:1], one, 1e-3)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan21", "wan22", "flux_cfg", "latte"])
+@pytest.mark.parametrize(
+    "cache",
+    [accel.PlainCycle(interval=2), accel.FORA(interval=2), accel.EasyCache(1e6, warmup=2)],
+    ids=repr,
+)
+def test_policies_combine_with_caches(name, cache) -> None:
+    tiny, _ = built(name)
+    with accel.patched(tiny.pipe, accel.CfgCache(interval=2, start=0.0), cache) as handle:
+        first = run(tiny)
+        report = handle.report()
+        assert torch.equal(run(tiny), first)
+    assert report.share_computed < 0.6
+    assert any("-" in letters for letters in report.verdicts.values())
+    assert torch.isfinite(first).all()
+
+
+@pytest.mark.parametrize("name", FLOW)
+def test_cfg_zero_star_leaves_out_the_first_steps(name) -> None:
+    """The first steps run nothing; one branch is scaled."""
+    tiny, baseline = built(name)
+    zero = 0.0 if name == "qwen_image" else 0.25
+    with accel.patched(tiny.pipe, accel.CfgZeroStar(zero=zero)) as handle:
+        result = run(tiny)
+        verdicts = "".join(handle.report().verdicts.values())
+    assert verdicts.count("-") == (4 if zero else 0)
+    assert torch.isfinite(result).all()
+    assert not torch.equal(result, baseline)
+
+
+def test_the_bands_of_a_map_add_up() -> None:
+    maps = torch.randn(2, 3, 9, 14, generator=torch.Generator().manual_seed(0))
+    low = _low_band(maps)
+    again = _low_band(low)
+    assert torch.allclose(low, again, atol=1e-5), "the low band has no high part"
+    assert torch.allclose(_low_band(maps - low), torch.zeros_like(low), atol=1e-5)
+    constant = torch.ones(1, 1, 8, 8)
+    assert torch.allclose(_low_band(constant), constant, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flux_cfg", "qwen_image", "ltx"])
+def test_unpacking_is_undone_by_packing(name, monkeypatch) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    def full(self: Any, context: Any, cond: torch.Tensor, uncond: torch.Tensor) -> torch.Tensor:
+        planes = context.planes(cond)
+        seen.append((torch.equal(context.tokens(planes), cond), planes.dim()))
+        return uncond
+
+    monkeypatch.setattr("accel.samplers.guidance_interval._Interval.full", full)
+    tiny, _ = built(name)
+    with accel.patched(tiny.pipe, accel.GuidanceInterval(highest=None)):
+        run(tiny)
+    assert seen
+    assert all(same and dims == 5 for same, dims in seen)
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuan_video"])
+def test_embedded_guidance_has_nothing_to_leave_out(name) -> None:
+    tiny, baseline = built(name)
+    message = "takes the guidance scale as an input|guidance is off"
+    with pytest.raises(accel.AccelError, match=message):
+        accel.patch(tiny.pipe, accel.CfgCache())
+        run(tiny)
+    accel.unpatch(tiny.pipe)
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "wan21", "cogvideox", "pixart"])
+def test_guidance_that_is_off_is_said(name) -> None:
+    tiny, baseline = built(name)
+    with (
+        accel.patched(tiny.pipe, accel.GuidanceInterval()),
+        pytest.raises(accel.AccelError, match="guidance is off"),
+    ):
+        run(tiny, guidance_scale=1.0)
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_two_guidance_methods_are_refused() -> None:
+    tiny, _ = built("wan21")
+    with pytest.raises(accel.AccelError, match="'guidance' slot"):
+        accel.patch(tiny.pipe, accel.CfgCache(), accel.GuidanceInterval())
+
+
+@pytest.mark.parametrize("name", ["sd15", "dit", "pixart"])
+def test_cfg_zero_star_is_for_flows(name) -> None:
+    tiny, _ = built(name)
+    with pytest.raises(accel.AccelError, match="flow matching"):
+        accel.patch(tiny.pipe, accel.CfgZeroStar())
+
+
+def test_the_unconditional_prediction_is_scaled_to_fit() -> None:
+    from accel.samplers.cfg_zero_star import _Scaled
+
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = torch.randn(2, 3, 4, 5, 6, generator=generator)
+    scaled = _Scaled(accel.CfgZeroStar()).full(None, cond, uncond)
+    for c, s, u in zip(cond, scaled, uncond, strict=True):
+        assert abs(float(((c - s) * u).sum())) < 1e-3, "what is left is orthogonal to u"
+
+
+def test_zero_predictions_are_refused_where_the_pipeline_divides_by_their_norm() -> None:
+    tiny, _ = built("qwen_image")
+    with pytest.raises(accel.AccelError, match="use zero=0"):
+        accel.patch(tiny.pipe, accel.CfgZeroStar())
