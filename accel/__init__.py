@@ -77,6 +77,7 @@ __all__ = [
     "SpeCa",
     "Spectrum",
     "StepMask",
+    "TGate",
     "Taylor",
     "TaylorSeer",
     "TeaCache",

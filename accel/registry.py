@@ -42,6 +42,7 @@ METHODS: dict[str, str] = {
     "adaptiveguidance": "accel.samplers.adaptive_guidance:AdaptiveGuidance",
     "cfgcache": "accel.samplers.cfg_cache:CfgCache",
     "cfgzerostar": "accel.samplers.cfg_zero_star:CfgZeroStar",
+    "tgate": "accel.samplers.t_gate:TGate",
     "clusca": "accel.caches.clus_ca:ClusCa",
 }
 

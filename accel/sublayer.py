@@ -79,6 +79,17 @@ def _of_block(block: Any, index: int, temporal: bool) -> list[Sublayer]:
     return found
 
 
+def cross_attention(denoiser: Denoiser, method: str) -> list[Sublayer]:
+    """The layers that attend to the prompt; raises when there are none."""
+    owner = type(denoiser.module).__name__
+    found = [layer for layer in sublayers(denoiser.chain, owner) if layer.kind == "cross"]
+    if not found:
+        raise AccelError(
+            f"{method} needs cross-attention to the prompt; {owner} has none that is known"
+        )
+    return found
+
+
 def cache_sublayers(
     denoiser: Denoiser,
     policies: Policies,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.denoiser import Denoiser
 from accel.hooks import override
-from accel.method import AccelError, Handle
-from accel.sublayer import sublayers
+from accel.method import Handle
+from accel.sublayer import cross_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +37,7 @@ class TextCache:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the projections of the text; raises when the denoiser has none."""
-        owner = type(denoiser.module).__name__
-        layers = [each for each in sublayers(denoiser.chain, owner) if each.kind == "cross"]
-        if not layers:
-            raise AccelError(
-                f"TextCache needs cross-attention to the prompt; {owner} has none that is known"
-            )
+        layers = cross_attention(denoiser, "TextCache")
         modules = [*_projections(denoiser.module)]
         modules += [part for each in layers for part in _keys_and_values(each.modules[0])]
         return Handle.together([denoiser.follow(partial(_memoise, denoiser, m)) for m in modules])

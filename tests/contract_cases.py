@@ -73,7 +73,7 @@ IDENTITY: dict[str, Any] = {
 }
 OTHER_SLOTS = {
     *("textcache", "tokenmerging"),
-    *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval"),
+    *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval", "tgate"),
 }
 """Methods that skip no part of the denoiser; they have tests of their own."""
 METHODS = [name for name in registry.METHODS if name not in OTHER_SLOTS]

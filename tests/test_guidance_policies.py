@@ -185,3 +185,48 @@ def test_zero_predictions_are_refused_where_the_pipeline_divides_by_their_norm()
     tiny, _ = built("qwen_image")
     with pytest.raises(accel.AccelError, match="use zero=0"):
         accel.patch(tiny.pipe, accel.CfgZeroStar())
+
+
+CROSS = ["sd15", "sdxl", "pixart", "wan21", "ltx", "latte"]
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_t_gate_with_the_gate_at_the_end_is_the_untouched_run(name) -> None:
+    tiny, baseline = built(name)
+    with accel.patched(tiny.pipe, accel.TGate(gate=1.0, interval=1)):
+        assert near(run(tiny), baseline)
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", CROSS)
+def test_t_gate_freezes_cross_attention_and_drops_a_branch(name) -> None:
+    tiny, baseline = built(name)
+    module = getattr(tiny.pipe, "transformer", None) or tiny.pipe.unet
+    attention = next(part for path, part in module.named_modules() if path.endswith("attn2"))
+    outputs: list[torch.Tensor] = []
+    with accel.patched(tiny.pipe, accel.TGate(gate=0.5)) as handle:
+        hook = attention.register_forward_hook(lambda *given: outputs.append(given[-1]))
+        first = run(tiny)
+        hook.remove()
+        verdicts = handle.report().verdicts
+        assert torch.equal(run(tiny), first)
+    assert len(outputs) == 8, "two branches of four steps"
+    assert all(letters.endswith("----") for key, letters in verdicts.items() if "uncond" in key)
+    assert not torch.equal(first, baseline)
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", ["flux_cfg", "sd3", "dit"])
+def test_t_gate_is_refused_without_cross_attention(name) -> None:
+    tiny, baseline = built(name)
+    with pytest.raises(accel.AccelError, match="TGate needs cross"):
+        accel.patch(tiny.pipe, accel.TGate())
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_t_gate_takes_the_place_of_a_guidance_policy() -> None:
+    tiny, _ = built("wan21")
+    for methods in ((accel.TGate(), accel.CfgCache()), (accel.CfgCache(), accel.TGate())):
+        with pytest.raises(accel.AccelError, match="another method"):
+            accel.patch(tiny.pipe, *methods)
+        assert "_accel_patch" not in tiny.pipe.__dict__
