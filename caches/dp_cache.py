@@ -41,6 +41,8 @@ class DPCache:
         {"share": 0.5},
         {"share": 0.3},
         {"share": 0.2},
+        {"share": 0.15},
+        {"share": 0.12},
     )
 
     share: float = 0.3

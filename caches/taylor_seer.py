@@ -30,6 +30,7 @@ class TaylorSeer:
         {"interval": 5},
         {"interval": 5, "lite": True},
         {"interval": 7, "lite": True},
+        {"interval": 9, "lite": True},
     )
 
     interval: int = 5
