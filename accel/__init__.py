@@ -40,15 +40,63 @@ _ASSEMBLY = {
     "AccelError": "accel.method",
 }
 
+__all__ = [
+    "BAC",
+    "FORA",
+    "AccelError",
+    "AdaCache",
+    "AdaptiveGuidance",
+    "Aligned",
+    "BlockCaching",
+    "CfgCache",
+    "CfgZeroStar",
+    "Chebyshev",
+    "ClusCa",
+    "DPCache",
+    "DeepCache",
+    "DeltaDiT",
+    "DiCache",
+    "ERTACache",
+    "EasyCache",
+    "FasterCache",
+    "FirstBlockCache",
+    "FoCa",
+    "Foresight",
+    "GuidanceInterval",
+    "HiCache",
+    "HoldResidual",
+    "MagCache",
+    "Newton",
+    "Patch",
+    "PlainCycle",
+    "PyramidAttentionBroadcast",
+    "Recipe",
+    "Report",
+    "SeaCache",
+    "SmoothCache",
+    "SpeCa",
+    "Spectrum",
+    "StepMask",
+    "TGate",
+    "Taylor",
+    "TaylorSeer",
+    "TeaCache",
+    "TextCache",
+    "ToCa",
+    "TokenMerging",
+    "UniCP",
+    "patch",
+    "patched",
+    "stats",
+    "unpatch",
+]
+
 
 def _methods() -> dict[str, str]:
     from accel.registry import APPROXIMATORS, METHODS
 
     places = [place.split(":") for place in (*METHODS.values(), *APPROXIMATORS.values())]
     return {name: module for module, name in places}
-
-
-__all__ = sorted([*_ASSEMBLY, *_methods()])  # noqa: PLE0605 (the registry's table is the one list)
 
 
 def __getattr__(name: str) -> Any:
