@@ -43,6 +43,7 @@ class DPCache:
         {"share": 0.2},
         {"share": 0.15},
         {"share": 0.12},
+        {"share": 0.1},
     )
 
     share: float = 0.3
