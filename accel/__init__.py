@@ -48,6 +48,7 @@ __all__ = [
     "AdaptiveGuidance",
     "Aligned",
     "BlockCaching",
+    "CachedMultiLoRA",
     "CfgCache",
     "CfgZeroStar",
     "Chebyshev",

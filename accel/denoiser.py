@@ -60,8 +60,7 @@ class Denoiser:
         self.chain = Chain(module, family)
         self.rows: list[StepRow] = []
         self.memory_bytes = 0
-        self.guidance: Callable[..., Any] | None = None
-        """Stands between the pipeline and the branches (see `accel.guidance`)."""
+        self._between: Callable[..., Any] | None = None
         self.budget: int | None = None
         """The most bytes that caches may hold; checked after the first step."""
         self.first_call: Callable[[], None] = lambda: None
@@ -165,6 +164,24 @@ class Denoiser:
             raise
         return Handle.together(handles)
 
+    def between(self, call: Callable[..., Any], method: str) -> Handle:
+        """Let `call(run, args, kwargs)` stand between the pipeline and the denoiser's branches.
+
+        `run(branch, args, kwargs)` really calls; with branch None its name is found as usual.
+        """
+        if self._between is not None:
+            raise AccelError(f"{method} decides which branches run, and so does another method")
+
+        def hook() -> Callable[[], None]:
+            self._between = call
+
+            def undo() -> None:
+                self._between = None
+
+            return undo
+
+        return self.follow(hook)
+
     def number(self, site: Site) -> int:
         """The place of a site's state in `BranchState.sites`."""
         return next(number for number, each in enumerate(self.sites) if each is site)
@@ -266,7 +283,7 @@ class Denoiser:
             self.first_call()
         run = partial(self._run_branch, original)
         return (
-            run(None, args, kwargs) if self.guidance is None else self.guidance(run, args, kwargs)
+            run(None, args, kwargs) if self._between is None else self._between(run, args, kwargs)
         )
 
     def _run_branch(

@@ -66,21 +66,7 @@ def guide(denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str)
             f"{method}: {type(denoiser.module).__name__} takes the guidance scale as an input and "
             "has no unconditional branch to leave out"
         )
-    if denoiser.guidance is not None:
-        raise AccelError(
-            f"{method} decides about the guidance branches, and so does another method"
-        )
-    branches = _Branches(denoiser, policy, method)
-
-    def hook() -> Callable[[], None]:
-        denoiser.guidance = branches.call
-
-        def undo() -> None:
-            denoiser.guidance = None
-
-        return undo
-
-    return denoiser.follow(hook)
+    return denoiser.between(_Branches(denoiser, policy, method).call, method)
 
 
 class _Branches:

@@ -7,8 +7,9 @@ This is the only file of the package that touches private parts of torch or diff
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from accel.method import AccelError
@@ -113,6 +114,32 @@ def is_compiled_whole(module: Any) -> bool:
     return hasattr(module, "_orig_mod") or (
         getattr(module, "_compiled_call_impl", None) is not None
     )
+
+
+def adapters_of(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of a module's loaded LoRAs, and of those among them that are active."""
+    layers = _adapter_layers(module)
+    loaded = dict.fromkeys(name for layer in layers for name in layer.lora_A)
+    active = dict.fromkeys(name for layer in layers for name in layer.active_adapters)
+    return tuple(loaded), tuple(name for name in active if name in loaded)
+
+
+@contextlib.contextmanager
+def using_adapter(module: Any, name: str) -> Iterator[None]:
+    """One LoRA alone is active: a name is exchanged in each layer, no weight is touched."""
+    layers = _adapter_layers(module)
+    before = [layer._active_adapter for layer in layers]
+    try:
+        for layer in layers:
+            layer._active_adapter = [name]
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
+
+
+def _adapter_layers(module: Any) -> list[Any]:
+    return [part for part in module.modules() if hasattr(part, "lora_A")]
 
 
 def call_length(pipe: Any, schedule: int) -> int:

@@ -43,6 +43,7 @@ METHODS: dict[str, str] = {
     "cfgcache": "accel.samplers.cfg_cache:CfgCache",
     "cfgzerostar": "accel.samplers.cfg_zero_star:CfgZeroStar",
     "tgate": "accel.samplers.t_gate:TGate",
+    "cachedmultilora": "accel.caches.cached_multi_lora:CachedMultiLoRA",
     "clusca": "accel.caches.clus_ca:ClusCa",
 }
 

@@ -72,7 +72,7 @@ IDENTITY: dict[str, Any] = {
     "clusca": {"interval": 1},
 }
 OTHER_SLOTS = {
-    *("textcache", "tokenmerging"),
+    *("textcache", "tokenmerging", "cachedmultilora"),
     *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval", "tgate"),
 }
 """Methods that skip no part of the denoiser; they have tests of their own."""
