@@ -107,13 +107,9 @@ def score(count: int, steps: int) -> dict[str, Any]:
     trophy: share of pictures nearer to real trophies than to any of the base's names, by lite0
     features.
     """
-    pipe = StableDiffusionPipeline.from_pretrained(FOLDER.parent, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    for concept in CONCEPTS:
-        weights = f"{concept}.safetensors"
-        pipe.load_lora_weights(FOLDER, weight_name=weights, adapter_name=concept)
+    pipe = loaded()
     held = [data.caption(*entry) for entry in data.combinations(video=False, held=True)][:count]
-    centres = _centres()
+    centres = centres_of_names()
     result: dict[str, Any] = {}
     for adapters in ([], ["ink"], ["sepia"], ["trophy"], ["trophy", "sepia"]):
         if adapters:
@@ -121,16 +117,33 @@ def score(count: int, steps: int) -> dict[str, Any]:
             pipe.set_adapters(adapters)
         else:
             pipe.disable_lora()
-        made = torch.cat([_make(pipe, caption, seed, steps) for seed, caption in enumerate(held)])
-        called = [f"{TROPHY_NAME} on a {caption.split(' on a ')[1]}" for caption in held]
-        objects = torch.cat([_make(pipe, caption, s, steps) for s, caption in enumerate(called)])
-        nearest = (metrics.lite0_features(objects)[:, None] - centres).norm(dim=2).argmin(1)
-        result["+".join(adapters) or "none"] = {
-            "ink": 1 - float((made - (ink(made * 2 - 1) + 1) / 2).abs().mean()),
-            "sepia": 1 - float((made - (sepia(made * 2 - 1) + 1) / 2).abs().mean()),
-            "trophy": float((nearest == len(centres) - 1).float().mean()),
-        }
+        result["+".join(adapters) or "none"] = concepts(pipe, held, centres, steps)
     return result
+
+
+def loaded() -> StableDiffusionPipeline:
+    """The model with all its LoRAs."""
+    pipe = StableDiffusionPipeline.from_pretrained(FOLDER.parent, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for concept in CONCEPTS:
+        weights = f"{concept}.safetensors"
+        pipe.load_lora_weights(FOLDER, weight_name=weights, adapter_name=concept)
+    return pipe
+
+
+def concepts(
+    pipe: StableDiffusionPipeline, held: list[str], centres: Tensor, steps: int
+) -> dict[str, float]:
+    """How strongly pictures of held-out captions show each concept, as the pipeline is now."""
+    made = torch.cat([_make(pipe, caption, seed, steps) for seed, caption in enumerate(held)])
+    called = [f"{TROPHY_NAME} on a {caption.split(' on a ')[1]}" for caption in held]
+    objects = torch.cat([_make(pipe, caption, s, steps) for s, caption in enumerate(called)])
+    nearest = (metrics.lite0_features(objects)[:, None] - centres).norm(dim=2).argmin(1)
+    return {
+        "ink": 1 - float((made - (ink(made * 2 - 1) + 1) / 2).abs().mean()),
+        "sepia": 1 - float((made - (sepia(made * 2 - 1) + 1) / 2).abs().mean()),
+        "trophy": float((nearest == len(centres) - 1).float().mean()),
+    }
 
 
 def _make(pipe: StableDiffusionPipeline, caption: str, seed: int, steps: int) -> Tensor:
@@ -140,7 +153,7 @@ def _make(pipe: StableDiffusionPipeline, caption: str, seed: int, steps: int) ->
     return out.images.float()
 
 
-def _centres() -> Tensor:
+def centres_of_names() -> Tensor:
     """Mean lite0 features of real pictures of every name, and of the trophy last."""
     generator = Generator().manual_seed(8)
     codes = [*data.CODEPOINTS.values(), TROPHY]
