@@ -10,7 +10,7 @@ import torch
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
-from accel.method import Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number
 from accel.site import Branch, Computed, Policy, Signals, StepContext, Streams
 from accel.sublayer import Sublayer, cache_sublayers
 
@@ -193,8 +193,13 @@ def _entropy(attention: Any, hidden: Tensor, text: Tensor) -> Tensor:
 def _spread(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) -> Tensor:
     """Add `bonus` · score to the best token of every cell × cell patch of each frame."""
     frames, rows, columns = grid
-    if score.shape[1] != frames * rows * columns or rows % cell or columns % cell:
+    if score.shape[1] != frames * rows * columns:
         return score
+    if rows % cell or columns % cell:
+        raise AccelError(
+            f"ToCa(cell={cell}): the grid of {rows} × {columns} tokens has no whole cells of that "
+            "size; 0 leaves the spread out"
+        )
     shape = (len(score), frames, rows // cell, cell, columns // cell, cell)
     cells = score.reshape(shape).transpose(3, 4).flatten(4)
     best = cells.argmax(-1, keepdim=True)

@@ -230,3 +230,39 @@ def test_t_gate_takes_the_place_of_a_guidance_policy() -> None:
         with pytest.raises(accel.AccelError, match="another method"):
             accel.patch(tiny.pipe, *methods)
         assert "_accel_patch" not in tiny.pipe.__dict__
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 8, 8), (1, 3, 5, 9, 7), (1, 1, 6, 4)])
+def test_cfg_cache_gives_the_old_gap_exactly_when_gains_are_one(shape) -> None:
+    """The same conditional prediction after a full step gives the very unconditional one."""
+    from accel.guidance import GuidanceContext
+    from accel.samplers.cfg_cache import _Bands
+
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = torch.randn(2, *shape, generator=generator)
+    context = GuidanceContext(1, 10, 500.0, 0.0, lambda x: x, lambda x: x)
+    bands = _Bands(accel.CfgCache(low_gain=1.0, high_gain=1.0))
+    bands.full(context, cond, uncond)
+    assert torch.allclose(bands.substitute(context, cond), uncond, atol=1e-5)
+    amplified = _Bands(accel.CfgCache(low_gain=2.0, switch=1.0))
+    amplified.full(context, cond, uncond)
+    extra = amplified.substitute(context, cond) - uncond
+    assert torch.allclose(extra, _low_band(uncond - cond), atol=1e-5)
+
+
+def test_cfg_cache_refreshes_as_published() -> None:
+    """Open-Sora, 30 steps: both branches at 0-10 and every fifth step after."""
+    from types import SimpleNamespace
+
+    from accel.samplers.cfg_cache import _Bands
+
+    bands, full = _Bands(accel.CfgCache(start=11 / 30)), []
+    zeros = torch.zeros(1, 1, 8, 8)
+    for step in range(30):
+        context = SimpleNamespace(step=step, total=30, planes=lambda x: x, tokens=lambda x: x)
+        if bands.begin(context) == "full":
+            full.append(step)
+            bands.full(context, zeros, zeros)
+        else:
+            bands.substitute(context, zeros)
+    assert full == [*range(11), 15, 20, 25]

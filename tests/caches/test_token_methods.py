@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract_cases import context_at
 from tiny_pipelines import TINY, built, run
 
 import accel
 from accel.caches.clus_ca import _Clusters
-from accel.caches.to_ca import _entropy, _Influence, _spread
+from accel.caches.to_ca import _entropy, _Influence, _spread, _Tokens
+from accel.site import Computed
 
 MERGING = ["sd15", "sdxl", "pixart", "dit", "latte", "sd3"]
 CROSS = ["sd15", "sdxl", "pixart", "wan21", "wan22", "ltx", "latte"]
@@ -56,7 +58,31 @@ def test_the_best_token_of_each_cell_is_raised() -> None:
     changed = (raised != score).nonzero()[:, 1].tolist()
     assert changed == [5, 7, 13, 15]
     assert torch.equal(raised[0, changed], 2 * score[0, changed])
-    assert torch.equal(_spread(score, (1, 4, 4), 3, 1.0), score), "no whole cells"
+    with pytest.raises(accel.AccelError, match="no whole cells"):
+        _spread(score, (1, 4, 4), 3, 1.0)
+
+
+def test_ages_advance_and_fresh_tokens_start_anew() -> None:
+    """With equal influence the stalest tokens are computed: all of them in turn."""
+    policy = _Tokens(accel.ToCa(ratio=0.5, interval=9), _Mlp, _Influence(False), False, 0.0)
+    output = torch.zeros(1, 4, 2)
+    policy.computed(None, None, Computed((output, None), (output,), (output,)))
+    chosen: list[list[int]] = []
+
+    def compute(indices: torch.Tensor) -> tuple[torch.Tensor]:
+        chosen.append(sorted(indices[0].tolist()))
+        return (torch.ones(1, indices.shape[1], 2) * len(chosen),)
+
+    for step in (1, 2):
+        (result,) = policy.refine(context_at(step, 10), None, (output,), compute)
+    assert sorted(chosen[0] + chosen[1]) == [0, 1, 2, 3]
+    assert result[0, chosen[0], 0].tolist() == [1, 1], "fresh values stay"
+    assert result[0, chosen[1], 0].tolist() == [2, 2]
+    assert sorted(policy.age[0].tolist()) == [0, 0, 1, 1]
+
+
+class _Mlp:
+    kind, block = "mlp", 0
 
 
 def test_guidance_halves_choose_the_same_tokens() -> None:
