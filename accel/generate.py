@@ -90,7 +90,7 @@ def methods(names: list[str], settings: dict[str, Any], recipe: Path | None) -> 
     if names and recipe is not None:
         raise AccelError("give --method or --recipe, not both")
     if recipe is not None:
-        return Recipe.load(recipe).methods
+        return Recipe.read(str(recipe)).methods
     if settings and len(names) != 1:
         raise AccelError("--set needs exactly one --method")
     entries = [{"name": name, "settings": settings} for name in names]

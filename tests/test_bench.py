@@ -61,15 +61,25 @@ def test_doing_nothing_is_reported_as_failing(tiny_zoo) -> None:
     import accel
 
     running = bench.Bench(plan(), lambda _: None)
-    row = running.measure(running._ours(accel.PlainCycle(interval=1)))
+    row = running.measure(running._ours((accel.PlainCycle(interval=1),)))
     assert row["failed"] == "nothing was skipped"
     assert row["psnr"]["median"] == 100.0
+
+
+def test_two_methods_are_measured_together(tiny_zoo, tmp_path) -> None:
+    result = bench.run(plan(methods="plaincycle+cfgcache"), tmp_path / "b.json", command="")
+    names = [row["name"] for row in result["rows"]]
+    assert names[0] == "PlainCycle(interval=2) + CfgCache(interval=3)"
+    assert len(names) == 3
+    shares = [row["share_computed"] for row in result["rows"] if "failed" not in row]
+    assert shares
+    assert all(share <= 0.51 for share in shares)
 
 
 def test_peers_are_measured_or_reported_as_failing(tiny_zoo, tmp_path) -> None:
     result = bench.run(plan(methods="plaincycle", peers=True), tmp_path / "b.json", command="")
     peers = {row["name"]: row for row in result["rows"] if row["kind"] == "peer"}
-    assert peers["TaylorSeer(interval=2)"]["failed"] == "nothing was skipped"
+    assert peers["TaylorSeer(interval=3)"]["failed"] == "nothing was skipped"
     assert "IndexError" in peers["FasterCache(spatial=2)"]["failed"]
     working = [row for row in peers.values() if "failed" not in row]
     assert working
