@@ -63,6 +63,7 @@ __all__ = [
     "FirstBlockCache",
     "FoCa",
     "Foresight",
+    "GrowingLine",
     "GuidanceInterval",
     "HiCache",
     "HoldResidual",

@@ -126,6 +126,16 @@ class Denoiser:
             return self.cache(policy, reuse, method=method)
         return self.cache_model(policy, reuse)
 
+    def skip_spans(self, method: str) -> list[tuple[int, int]]:
+        """Blocks [start, stop) that each skip connection goes round, outermost first; or raise."""
+        spans = self.family.spans(self.module) if self.family.spans else []
+        if not self.chain.blocks or not spans:
+            raise AccelError(
+                f"{method} needs a U-Net with skip connections; {type(self.module).__name__} has "
+                "none that are known"
+            )
+        return spans
+
     def need_transformer(self, method: str) -> None:
         """Raise `AccelError` unless every block of the chain keeps its input's shape."""
         if not all(self.chain.keeps_shape(index) for index in range(len(self.chain.blocks))):

@@ -53,6 +53,7 @@ APPROXIMATORS: dict[str, str] = {
     "newton": "accel.caches.approximators:Newton",
     "hicache": "accel.caches.approximators:HiCache",
     "aligned": "accel.caches.approximators:Aligned",
+    "growingline": "accel.caches.approximators:GrowingLine",
     "foca": "accel.caches.approximators:FoCa",
     "chebyshev": "accel.caches.approximators:Chebyshev",
 }

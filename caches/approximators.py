@@ -157,6 +157,30 @@ class Aligned:
 
 
 @dataclass(frozen=True)
+class GrowingLine:
+    """FasterCache's forecast: F + w·(F − G) from the last two computed residuals, newest first.
+
+    w grows linearly from 0 at `begin`, a share of the run, to `weight` at the end, whatever the
+    distance of the two; it stays within 0 and 1. Holds two residuals.
+    """
+
+    begin: float = 0.25
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check(is_number(self.begin) and 0 <= self.begin <= 1, self, "begin", "between 0 and 1")
+        check(is_number(self.weight) and self.weight >= 0, self, "weight", "a number ≥ 0")
+
+    def depth(self, total: int) -> int:
+        """The most tensors of a residual's size that a run of `total` steps holds."""
+        return 2
+
+    def start(self, total: int) -> _Growing:
+        """An empty history."""
+        return _Growing(self, total)
+
+
+@dataclass(frozen=True)
 class FoCa:
     """FoCa's forecast (2025): features as an ODE, a predictor step corrected like Heun's method.
 
@@ -233,6 +257,20 @@ class _Polynomial(_Points):
             math.prod((step - other) / (place - other) for other in places if other != place)
             for place in places
         ]
+
+
+class _Growing(_Points):
+    """A weight that grows over the run, on the difference of the last two."""
+
+    def __init__(self, settings: GrowingLine, total: int) -> None:
+        super().__init__(2)
+        self.settings, self.total = settings, total
+
+    def weights(self, places: list[int], step: int) -> list[float]:
+        first = self.settings.begin * self.total
+        grown = self.settings.weight * (step - first) / max(self.total - 1 - first, 1)
+        weight = min(max(grown, 0.0), 1.0)
+        return [-weight, 1 + weight]
 
 
 class _Ridge(_Points):

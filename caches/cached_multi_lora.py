@@ -60,12 +60,7 @@ class CachedMultiLoRA:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to a U-Net with at least two LoRAs; raises when it has fewer."""
-        spans = denoiser.family.spans(denoiser.module) if denoiser.family.spans else []
-        if not denoiser.chain.blocks or not spans:
-            raise AccelError(
-                f"CachedMultiLoRA needs a U-Net; {type(denoiser.module).__name__} is none that is "
-                "known"
-            )
+        spans = denoiser.skip_spans("CachedMultiLoRA")
         loaded, active = adapters_of(denoiser.module)
         first = self.adapters or tuple(name for name in active if name not in self.late)
         missing = [name for name in (*first, *self.late) if name not in loaded]

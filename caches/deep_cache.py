@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from accel.caches.approximators import HoldResidual, Newton
 from accel.caches.schedules import Cycle, Table
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import Handle, check, is_count, is_number
 from accel.site import Approximator, Branch, Policy
 
 
@@ -49,12 +49,7 @@ class DeepCache:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the layers inside the skip connection; raises when there is none."""
-        spans = denoiser.family.spans(denoiser.module) if denoiser.family.spans else []
-        if not denoiser.chain.blocks or not spans:
-            raise AccelError(
-                f"DeepCache needs a U-Net with skip connections; {type(denoiser.module).__name__} "
-                "has none"
-            )
+        spans = denoiser.skip_spans("DeepCache")
         check(self.branch < len(spans), self, "branch", f"below {len(spans)} for this U-Net")
         start, stop = spans[self.branch]
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from accel.caches.approximators import GrowingLine
 from accel.denoiser import Denoiser
 from accel.method import Handle, check, is_count, is_number
-from accel.site import Computed, Signals, StepContext, Streams
+from accel.site import Computed, Signals, StepContext
 from accel.sublayer import cache_sublayers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class FasterCache:
         return cache_sublayers(
             denoiser,
             lambda _, layers: [_Window(self) for _ in layers],
-            _Growing(self.start, self.weight),
+            GrowingLine(self.start, self.weight),
             "FasterCache",
             ("self", "temporal", "cross"),
         )
@@ -64,47 +62,3 @@ class _Window:
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class _Growing:
-    """The forecast, as an approximator."""
-
-    begin: float
-    weight: float
-
-    def depth(self, total: int) -> int:
-        return 2
-
-    def start(self, total: int) -> _LastTwo:
-        first = self.begin * total
-        return _LastTwo(lambda step: self.weight * (step - first) / max(total - 1 - first, 1))
-
-
-class _LastTwo:
-    def __init__(self, weight: Any) -> None:
-        self.weight = weight
-        self.values: list[Streams] = []
-
-    def update(self, step: int, value: Streams, signals: Signals) -> None:
-        self.values = [*self.values, value][-2:]
-
-    def predict(self, step: int, signals: Signals) -> Streams:
-        weight = min(max(self.weight(step), 0.0), 1.0)
-        if not self.extrapolates:
-            return self.values[-1]
-        return tuple(
-            new if new is None or old is None else new + weight * (new - old)
-            for old, new in zip(*self.values, strict=True)
-        )
-
-    @property
-    def ready(self) -> bool:
-        return bool(self.values)
-
-    @property
-    def extrapolates(self) -> bool:
-        return len(self.values) > 1
-
-    def tensors(self) -> list[Tensor]:
-        return [tensor for value in self.values for tensor in value if tensor is not None]

@@ -12,7 +12,6 @@ from tiny_pipelines import built, run
 
 import accel
 from accel.caches import ada_cache, bac, deep_cache, erta_cache, smooth_cache, spe_ca, uni_cp
-from accel.caches.faster_cache import _Growing
 from accel.caches.faster_cache import _Window as FasterWindow
 from accel.caches.pyramid_attention_broadcast import _Broadcast
 from accel.caches.schedules import Cycle
@@ -57,7 +56,7 @@ def test_faster_cache_skips_the_published_steps() -> None:
 
 
 def test_faster_cache_extrapolates_ever_more() -> None:
-    history = _Growing(0.0, 1.0).start(11)
+    history = accel.GrowingLine(0.0, 1.0).start(11)
     for step, value in ((0, 1.0), (2, 3.0)):
         history.update(step, (torch.tensor([value]),), None)
     assert history.predict(5, None)[0].item() == pytest.approx(3 + 0.5 * 2)
