@@ -309,7 +309,9 @@ class Denoiser:
         arguments = Arguments(self.names, args, kwargs)
         place = clock.step + clock.schedule - clock.total
         state = self._state(arguments, branch or self._branch())
-        forward = Forward(state, clock.step, clock.total, place, clock, arguments)
+        returning = state.last is not None and clock.step - state.last > 1
+        forward = Forward(state, clock.step, clock.total, place, clock, arguments, returning)
+        state.last = clock.step
         self.forward = forward
         began = time.perf_counter()
         try:

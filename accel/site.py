@@ -223,6 +223,8 @@ class BranchState:
     signature: tuple[Any, ...]
     condition: Any
     sites: list[SiteState]
+    last: int | None = None
+    """The last step at which the branch was called."""
 
 
 @dataclass
@@ -235,6 +237,8 @@ class Forward:
     place: int
     clock: StepClock
     arguments: Arguments
+    returning: bool = False
+    """Whether the branch was left out at the step before."""
     blocks: int = 0
     blocks_run: float = 0
     verdict: str = "computed"
@@ -251,9 +255,14 @@ class Forward:
         )
 
     def decide(self, index: int, signals: Signals) -> bool:
-        """Ask the policy of site number `index`; True means skip."""
+        """Ask the policy of site number `index`; True means skip.
+
+        A branch that guidance left out at the step before is computed, whatever the policy says:
+        what it remembers is too old to be repeated or extrapolated.
+        """
         site = self.state.sites[index]
-        skip = site.policy.skip(self.context(site), signals) and site.history.ready
+        wanted = site.policy.skip(self.context(site), signals)
+        skip = wanted and site.history.ready and not self.returning
         if skip:
             site.skipped += 1
             self.skipping.add(index)
