@@ -1,4 +1,6 @@
-"""Plot speed-up against PSNR for the rows of benchmark files, and say what is fastest at a quality.
+"""Plot speed-up against PSNR for the rows of benchmark files; per run say what is fastest.
+
+Ours and diffusers' caches are compared within one run only.
 
 python benchmarks/pareto.py docs/pareto-emoji-video.png benchmarks/results/emoji-video-cpu*.json
 """
@@ -86,9 +88,11 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
 def main() -> None:
     """Write the picture, print the comparison."""
     output, *files = map(Path, sys.argv[1:])
-    rows = rows_of(files)
-    plot(rows, output)
-    print(comparison(rows))
+    plot(rows_of(files), output)
+    for file in files:
+        rows = rows_of([file])
+        if any(row["kind"] == "peer" for row in rows):
+            print(f"{file.name}\n\n{comparison(rows)}\n")
 
 
 if __name__ == "__main__":

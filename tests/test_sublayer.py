@@ -15,14 +15,15 @@ from accel.geometry import token_grid
 from accel.sublayer import sublayers
 
 EXPECTED = {
-    "flux": {"self": 2, "mlp": 4, "fused": 2},
-    "sd3": {"self": 4, "mlp": 7},
-    "pixart": {"self": 3, "cross": 3, "mlp": 3},
-    "wan21": {"self": 3, "cross": 3, "mlp": 3},
-    "latte": {"self": 2, "temporal": 2, "cross": 2, "mlp": 4},
-    "mochi": {"self": 3, "mlp": 5},
-    "qwen_image": {"self": 3, "mlp": 6},
-    "dit": {"self": 3, "mlp": 3},
+    "flux": {"self", "mlp", "fused"},
+    "sd3": {"self", "mlp"},
+    "pixart": {"self", "cross", "mlp"},
+    "wan21": {"self", "cross", "mlp"},
+    "latte": {"self", "temporal", "cross", "mlp"},
+    "mochi": {"self", "mlp"},
+    "qwen_image": {"self", "mlp"},
+    "dit": {"self", "mlp"},
+    "sd15": {"self", "cross", "mlp"},
 }
 COMPONENTS = ("transformer", "transformer_2", "unet")
 ATTENTION = ("attn", "attn1", "attn2")
@@ -36,16 +37,15 @@ def denoiser(name: str) -> Any:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_layers_of_each_kind_are_found(name) -> None:
+    """In every block of a transformer, each module once."""
     module = denoiser(name)
-    found = sublayers(Chain(module, registry.family(module)), name)
-    kinds = Counter(layer.kind for layer in found)
-    depth = {kind: max(1, count) for kind, count in EXPECTED[name].items()}
-    assert set(kinds) == set(depth)
-    blocks = {layer.block for layer in found}
-    assert len({id(part) for layer in found for part in layer.modules}) == sum(
-        len(layer.modules) for layer in found
-    )
-    assert blocks <= set(range(len(Chain(module, registry.family(module)).blocks)))
+    chain = Chain(module, registry.family(module))
+    found = sublayers(chain, name)
+    assert {layer.kind for layer in found} == EXPECTED[name]
+    modules = [id(part) for layer in found for part in layer.modules]
+    assert len(set(modules)) == len(modules)
+    if name != "sd15":
+        assert {layer.block for layer in found} == set(range(len(chain.blocks)))
 
 
 def hold(pipe: Any, interval: int) -> list[Any]:
