@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import accel
 from accel import registry
@@ -20,32 +20,103 @@ PUBLISHED = "published:"
 _LIMIT = 1_000_000
 
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+
+
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = _STRICT
 
     name: str
     settings: dict[str, Any] = {}
+
+
+class Choice(BaseModel):
+    """One point of a calibrated Pareto front: methods, and what they were measured to give.
+
+    `speedup` is a median wall-clock ratio to the untouched pipeline, `psnr` the median over prompts
+    in dB against the untouched run of the same seed.
+    """
+
+    model_config = _STRICT
+
+    entries: tuple[_Entry, ...]
+    speedup: float = Field(gt=0)
+    psnr: float
+    share_computed: float | None = Field(default=None, ge=0, le=1)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The settings objects."""
+        return _methods(self.entries)
+
+
+class Validity(BaseModel):
+    """Where a recipe holds; what is left at its default is not checked.
+
+    `scheduler` is a class name, `steps` the least and most sampling steps, `latents` the least and
+    most latent values of one sample (all channels and frames).
+    """
+
+    model_config = _STRICT
+
+    scheduler: str = ""
+    steps: tuple[int, int] | None = None
+    latents: tuple[int, int] | None = None
+
+    def refuses(
+        self, scheduler: str | None = None, steps: int | None = None, latents: int | None = None
+    ) -> str | None:
+        """Why a run with what is known of it lies outside, or None."""
+        if self.scheduler and scheduler is not None and scheduler != self.scheduler:
+            return f"it was calibrated with {self.scheduler}, and this run has {scheduler}"
+        for name, span, value in (("steps", self.steps, steps), ("latents", self.latents, latents)):
+            if span is not None and value is not None and not span[0] <= value <= span[1]:
+                return f"it holds for {span[0]} to {span[1]} {name}, and this run has {value}"
+        return None
 
 
 class Recipe(BaseModel):
     """The methods of one model, in order, and the evidence for them.
 
     `model` is the denoiser's class name, `source` where settings come from that we did not measure;
-    `measured` holds benchmark rows and may be empty.
+    `measured` holds benchmark rows and may be empty. `front` holds the other choices of the
+    calibration, from which `patch(pipe, speedup=…)` takes one. Outside of `valid_for`, an online
+    method takes over.
     """
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = _STRICT
 
     schema_version: Literal[1] = 1
     model: str = ""
     source: str = ""
+    valid_for: Validity = Validity()
     entries: tuple[_Entry, ...]
+    front: tuple[Choice, ...] = ()
     measured: tuple[dict[str, Any], ...] = ()
 
     @property
     def methods(self) -> tuple[Method, ...]:
         """The settings objects; raises `AccelError` naming an unknown method or setting."""
-        return tuple(_build(registry.method(entry.name), entry.settings) for entry in self.entries)
+        return _methods(self.entries)
+
+    def choose(self, speedup: float | None = None, psnr: float | None = None) -> Choice:
+        """The best point of the front with at least this speed-up, or at least this PSNR.
+
+        When nothing reaches the bar, `AccelError` names the best there is.
+        """
+        if not self.front:
+            raise AccelError("this recipe holds no front to choose from; run accel.calibrate")
+        if speedup is not None:
+            fast = [choice for choice in self.front if choice.speedup >= speedup]
+            if fast:
+                return max(fast, key=lambda choice: choice.psnr)
+            best = max(choice.speedup for choice in self.front)
+            raise AccelError(f"speedup={speedup:g} was not reached; the fastest is {best:.2f}")
+        good = [choice for choice in self.front if choice.psnr >= (psnr or 0)]
+        if good:
+            return max(good, key=lambda choice: choice.speedup)
+        best = max(choice.psnr for choice in self.front)
+        raise AccelError(f"psnr={psnr:g} was not reached; the closest is {best:.1f} dB")
 
     @classmethod
     def of(cls, methods: tuple[Method, ...], model: str = "") -> Recipe:
@@ -88,7 +159,7 @@ class Recipe(BaseModel):
                 for item in error.errors()
             )
             raise AccelError(f"{name}: {problems}") from error
-        _ = recipe.methods
+        _ = recipe.methods, [choice.methods for choice in recipe.front]
         return recipe
 
     def save(self, path: str | Path) -> None:
@@ -118,6 +189,10 @@ def beside(pipe: Any) -> Recipe | None:
     if not isinstance(origin, str | os.PathLike) or not (Path(origin) / FILE_NAME).is_file():
         return None
     return Recipe.load(Path(origin) / FILE_NAME)
+
+
+def _methods(entries: tuple[_Entry, ...]) -> tuple[Method, ...]:
+    return tuple(_build(registry.method(entry.name), entry.settings) for entry in entries)
 
 
 def _settings(value: Any) -> dict[str, Any]:
