@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("caches", "samplers", "kernels", "pipelines")
 CONTRACTS = {
     *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
-    *("block_calls", "geometry", "guidance", "model_calls", "sublayer"),
+    *("block_calls", "geometry", "guard", "guidance", "model_calls", "sublayer"),
 }
 SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
 
@@ -61,7 +61,10 @@ def test_parts_import_contracts_and_shared_functions_only() -> None:
     allowed = {f"accel.{contract}" for contract in CONTRACTS} | SHARED
     for part in PARTS:
         for file in (ROOT / part).glob("*.py"):
-            assert imported(file) <= allowed, file
+            found = imported(file)
+            if part == "kernels":  # tensor functions build on each other; methods install them
+                found = {name for name in found if not name.startswith("accel.kernels.")}
+            assert found <= allowed, file
 
 
 def test_assembly_reaches_parts_through_the_registry() -> None:
