@@ -101,8 +101,6 @@ def generate(
     )
     chosen = maker.methods(method or [], _pairs(settings or []), recipe)
     result = maker.generate(job, chosen, output, compare)
-    if result["hits"] == 0:
-        _say(f"cache hits 0 of {result['calls']}: nothing was saved with these settings")
     _print(result, output_format)
 
 

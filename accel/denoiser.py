@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from accel.block_calls import call_block
 from accel.chain import Chain, parameters
 from accel.clock import StepClock
 from accel.family import ENCODER, Arguments, Family
+from accel.guard import Guard
 from accel.hooks import is_compiled_whole, override
 from accel.method import AccelError, Handle
 from accel.model_calls import call_model
@@ -63,7 +65,9 @@ class Denoiser:
         self._between: Callable[..., Any] | None = None
         self.budget: int | None = None
         """The most bytes that caches may hold; checked after the first step."""
-        self.first_call: Callable[[], None] = lambda: None
+        self.first_call: Callable[[int], None] = lambda latents: None
+        """Called at a run's first step with the number of latent values of one sample."""
+        self.guard: Guard | None = None
         self.names = parameters(module)
         self.forgetting: list[Callable[[], Any]] = []
         """Called whenever what a run has gathered is dropped."""
@@ -290,7 +294,8 @@ class Denoiser:
         if self.clock.step is None:
             return original(*args, **kwargs)
         if self.clock.step == 0:
-            self.first_call()
+            latent = Arguments(self.names, args, kwargs).get(self.family.latent)
+            self.first_call(latent[0].numel())
         run = partial(self._run_branch, original)
         return (
             run(None, args, kwargs) if self._between is None else self._between(run, args, kwargs)
@@ -312,16 +317,28 @@ class Denoiser:
         returning = state.last is not None and clock.step - state.last > 1
         forward = Forward(state, clock.step, clock.total, place, clock, arguments, returning)
         state.last = clock.step
-        self.forward = forward
+        run = partial(original, *args, **kwargs)
         began = time.perf_counter()
-        try:
-            output = call_model(self, forward, arguments, partial(original, *args, **kwargs))
-        finally:
-            self.forward = None
+        output = self._run_forward(forward, run)
+        if self.guard is not None:
+            key = (self.name, state.branch.name, state.branch.ordinal)
+            if forward.verdict != "computed" and not self.guard.trusts(key, output[0], clock.step):
+                forward = replace(forward, returning=True, blocks=0, blocks_run=0, skipping=set())
+                forward.verdict = "computed"
+                output = self._run_forward(forward, run)
+            if forward.verdict == "computed":
+                self.guard.computed(key, output[0])
         if branch is not None and branch.name == "batched":
             forward.blocks, forward.blocks_run = 2 * forward.blocks, 2 * forward.blocks_run
         self._record(forward, time.perf_counter() - began)
         return output
+
+    def _run_forward(self, forward: Forward, run: Callable[[], Any]) -> Any:
+        self.forward = forward
+        try:
+            return call_model(self, forward, forward.arguments, run)
+        finally:
+            self.forward = None
 
     def _record(self, forward: Forward, seconds: float) -> None:
         if forward.step == 0 and self.budget is not None:

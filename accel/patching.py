@@ -7,16 +7,17 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from accel import registry
+from accel.choosing import RecipeSource, choose
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
 from accel.geometry import log_signal_to_noise
+from accel.guard import Guard
 from accel.hooks import PATCH, call_length, foreign_cache, is_compiled_whole, override
 from accel.method import AccelError, Handle, Method
-from accel.recipe import Recipe, beside
+from accel.recipe import Recipe, Validity
 from accel.report import Report
 
 logger = logging.getLogger(__name__)
@@ -27,9 +28,20 @@ _DENOISERS = ("transformer", "transformer_2", "unet")
 class Patch:
     """What `patch` returns: the methods attached to one pipeline, and their removal."""
 
-    def __init__(self, pipe: Any, methods: tuple[Method, ...], budget: int | None = None) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        methods: tuple[Method, ...],
+        budget: int | None = None,
+        valid_for: Validity | None = None,
+        guard: Guard | None = None,
+    ) -> None:
         self._pipe = pipe
         self._budget = budget
+        self._valid_for = valid_for or Validity()
+        self._guard = guard
+        self._aside: tuple[Method, ...] = ()
+        """The methods of a recipe that does not hold for the run in progress."""
         self._clock = StepClock()
         self._lock = threading.RLock()
         self._undo: list[Callable[[], None]] = []
@@ -41,7 +53,11 @@ class Patch:
 
     @property
     def methods(self) -> tuple[Method, ...]:
-        """The attached methods, with what they measured by now."""
+        """The methods, with what they measured by now."""
+        return self._aside or self._attached
+
+    @property
+    def _attached(self) -> tuple[Method, ...]:
         return tuple(
             handles[0].settled() if handles[0].settled is not None else method
             for method, handles in self._handles
@@ -56,6 +72,7 @@ class Patch:
             methods=tuple(_describe(method) for method, _ in self._handles),
             rows=tuple(rows),
             memory_bytes=sum(denoiser.memory_bytes for denoiser in self._denoisers),
+            repaired=self._guard.repaired if self._guard is not None else 0,
         )
 
     def recipe(self) -> Recipe:
@@ -64,10 +81,8 @@ class Patch:
 
     def remove(self) -> None:
         """Undo everything; calling it again does nothing."""
-        for _, handles in reversed(self._handles):
-            for handle in handles:
-                handle.remove()
-        self._handles = []
+        self._detach_methods()
+        self._aside = ()
         while self._undo:
             self._undo.pop()()
         self._release_scheduler()
@@ -91,19 +106,46 @@ class Patch:
             raise
 
     def _attach(self, methods: tuple[Method, ...]) -> None:
+        self._attach_methods(methods)
+        self._clock.listeners.clear()
+        for denoiser in self._denoisers:
+            denoiser.first_call = self._first_call
+            denoiser.budget = self._budget
+            denoiser.guard = self._guard
+            self._clock.listeners.append(denoiser.begin)
+        if self._guard is not None:
+            self._clock.listeners.append(self._guard.begin)
+        self._pipe.__dict__[PATCH] = self
+        self._undo.append(override(self._pipe, {"__call__": self._run}))
+        self._hold_scheduler()
+
+    def _attach_methods(self, methods: tuple[Method, ...]) -> None:
         for method in methods:
             handles: list[Handle] = []
             self._handles.append((method, handles))
             for denoiser in self._denoisers:
                 handles.append(method.attach(denoiser))
-        self._clock.listeners.clear()
-        for denoiser in self._denoisers:
-            denoiser.first_call = self._first_call
-            denoiser.budget = self._budget
-            self._clock.listeners.append(denoiser.begin)
-        self._pipe.__dict__[PATCH] = self
-        self._undo.append(override(self._pipe, {"__call__": self._run}))
-        self._hold_scheduler()
+
+    def _detach_methods(self) -> None:
+        for _, handles in reversed(self._handles):
+            for handle in handles:
+                handle.remove()
+        self._handles = []
+
+    def _stay_valid(self, **known: Any) -> None:
+        """Let an online method run where the recipe does not hold, and the recipe where it does."""
+        reason = self._valid_for.refuses(**known)
+        if reason is not None and not self._aside:
+            aside = self._attached
+            online = registry.method("easycache")()
+            logger.warning("the recipe is not used for this run: %s; using %s", reason, online)
+            self._detach_methods()
+            self._attach_methods((online,))
+            self._aside = aside
+        elif reason is None and self._aside and "steps" in known:
+            self._detach_methods()
+            self._attach_methods(self._aside)
+            self._aside = ()
 
     def _hold_scheduler(self) -> None:
         """Follow the pipeline's scheduler of now; users swap it between runs."""
@@ -126,13 +168,28 @@ class Patch:
             self._hold_denoisers()
             self._hold_scheduler()
             self._running = True
+            measuring = any(getattr(each, "unmeasured", False) for each in self._attached)
             try:
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
+                if not measuring:
+                    self._say_when_idle()
+                return result
             finally:
                 self._running = False
                 self._clock.end()
                 for denoiser in self._denoisers:
                     denoiser.forget()
+
+    def _say_when_idle(self) -> None:
+        """A run in which a cache never acted is said loudly."""
+        watched = any(denoiser.sites for denoiser in self._denoisers)
+        if watched and self.report().share_computed == 1.0:
+            names = ", ".join(_describe(method) for method, _ in self._handles)
+            logger.warning(
+                "nothing was saved in this run: %s computed every step; a larger threshold, share "
+                "or interval saves more",
+                names,
+            )
 
     def _hold_denoisers(self) -> None:
         """Follow the pipeline's denoisers of now; users exchange and compile them between runs."""
@@ -155,10 +212,12 @@ class Patch:
         result = original(*args, **kwargs)
         if self._running:
             timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
+            self._stay_valid(scheduler=type(self._scheduler).__name__, steps=len(timesteps))
             self._clock.begin(timesteps, log_signal_to_noise(self._scheduler))
         return result
 
-    def _first_call(self) -> None:
+    def _first_call(self, latents: int) -> None:
+        self._stay_valid(latents=latents)
         self._clock.shorten(call_length(self._pipe, self._clock.schedule))
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -170,31 +229,41 @@ class Patch:
 def patch(
     pipe: Any,
     *methods: Method,
-    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    recipe: RecipeSource | None = None,
+    speedup: float | None = None,
+    quality: str | None = None,
     memory: int | str | None = None,
+    guard: bool = False,
+    strict: bool = False,
 ) -> Patch:
     """Make `pipe` faster until `unpatch(pipe)`.
 
     `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict, a
     `Recipe`, or "published:NAME" for settings that a method's authors published). With neither, the
     recipe that lies beside the model's weights is used, or else `EasyCache()`, which needs no
-    knowledge of the model. `memory`: the most that caches may hold, in bytes or as "2GB"; what they
-    need is known after a run's first step, which raises `AccelError` with the number when it is too
-    much. Patching again replaces. Only this pipeline's objects are changed, never classes; on an
-    error the pipeline is as before.
+    knowledge of the model.
+
+    `speedup` (a number above 1) or `quality` ("lossless", "balanced" or "fast": 45, 30 or 25 dB of
+    median PSNR) choose among what calibration measured; without a calibration, `DPCache` measures
+    the model in the first run. `memory`: the most that caches may hold, in bytes or as "2GB"; what
+    they need is known after a run's first step, which raises `AccelError` with the number when it
+    is too much. `guard` looks at each prediction that was not computed and computes the step when
+    it is not finite or drifted off (one host transfer a call); `strict` raises `AccelError` then.
+
+    Patching again replaces. Only this pipeline's objects are changed, never classes; on an error
+    the pipeline is as before.
     """
-    if methods and recipe is not None:
-        raise AccelError("accel.patch: give methods or a recipe, not both")
     budget = _bytes(memory)
-    chosen = methods or _from_recipe(pipe, recipe)
+    chosen, valid_for = choose(pipe, methods, recipe, speedup, quality)
     _check_methods(chosen)
+    watch = Guard(strict) if guard or strict else None
     previous = pipe.__dict__.get(PATCH) if hasattr(pipe, "__dict__") else None
     _refuse_foreign_caches(pipe)
     before = previous.methods if previous is not None else ()
     if previous is not None:
         previous.remove()
     try:
-        return Patch(pipe, chosen, budget)
+        return Patch(pipe, chosen, budget, valid_for, watch)
     except BaseException:
         if previous is not None:
             previous.attach(before)
@@ -209,14 +278,9 @@ def unpatch(pipe: Any) -> None:
 
 
 @contextlib.contextmanager
-def patched(
-    pipe: Any,
-    *methods: Method,
-    recipe: Recipe | dict[str, Any] | str | Path | None = None,
-    memory: int | str | None = None,
-) -> Iterator[Patch]:
-    """`with accel.patched(pipe, …):` patches for the block only."""
-    handle = patch(pipe, *methods, recipe=recipe, memory=memory)
+def patched(pipe: Any, *methods: Method, **options: Any) -> Iterator[Patch]:
+    """`with accel.patched(pipe, …):` patches for the block only; takes what `patch` takes."""
+    handle = patch(pipe, *methods, **options)
     try:
         yield handle
     finally:
@@ -229,19 +293,6 @@ def stats(pipe: Any) -> Report:
     if existing is None:
         raise AccelError(f"this {type(pipe).__name__} is not patched; call accel.patch(pipe) first")
     return existing.report()  # type: ignore[no-any-return]
-
-
-def _from_recipe(
-    pipe: Any, recipe: Recipe | dict[str, Any] | str | Path | None
-) -> tuple[Method, ...]:
-    if recipe is None:
-        found = beside(pipe)
-        if found is None:
-            easy: Method = registry.method("easycache")()
-            logger.info("no recipe is known for this model; using %s", easy)
-            return (easy,)
-        return found.methods
-    return Recipe.read(recipe).methods
 
 
 def _bytes(memory: int | str | None) -> int | None:

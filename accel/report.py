@@ -31,12 +31,14 @@ class StepRow:
 class Report:
     """The last run of a patched pipeline.
 
-    `memory_bytes` is the most that all caches held at once.
+    `memory_bytes` is the most that all caches held at once; `repaired` counts stand-ins that the
+    guard refused.
     """
 
     methods: tuple[str, ...]
     rows: tuple[StepRow, ...]
     memory_bytes: int
+    repaired: int = 0
 
     @property
     def share_computed(self) -> float:
@@ -74,6 +76,7 @@ class Report:
             "hit_rate": self.hit_rate,
             "seconds": self.seconds,
             "memory_bytes": self.memory_bytes,
+            "repaired": self.repaired,
             "verdicts": self.verdicts,
             "rows": [asdict(row) for row in self.rows],
         }

@@ -90,9 +90,9 @@ def test_recipe_file_is_used(model, tmp_path) -> None:
     assert json.loads(result.stdout)["share_computed"] == pytest.approx(0.25)
 
 
-def test_nothing_saved_is_said_loudly(model, tmp_path) -> None:
-    result = call(*command(model, tmp_path, "--method", "plaincycle", "--set", "interval=1"))
-    assert "nothing was saved" in result.stderr
+def test_nothing_saved_is_said_loudly(model, tmp_path, caplog) -> None:
+    call(*command(model, tmp_path, "--method", "plaincycle", "--set", "interval=1"))
+    assert "nothing was saved" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""The guard computes steps whose stand-in is broken, and leaves good runs alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import STEPS, built, run
+
+import accel
+
+FAMILIES = ["wan21", "flux", "sd15"]
+
+
+@dataclass(frozen=True)
+class Spoilt:
+    """Holds the last residual, times a factor."""
+
+    factor: float
+
+    def depth(self, total: int) -> int:
+        return 1
+
+    def start(self, total: int) -> Any:
+        history = accel.HoldResidual().start(total)
+        predict = history.predict
+        history.predict = lambda *args: tuple(
+            None if value is None else value * self.factor for value in predict(*args)
+        )
+        return history
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1e4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_broken_stand_ins_are_computed_instead(family, factor, caplog) -> None:
+    tiny, baseline = built(family)
+    method = accel.PlainCycle(interval=2, reuse=Spoilt(factor))
+    with accel.patched(tiny.pipe, method, guard=True) as handle:
+        assert torch.equal(run(tiny), baseline)
+        report = handle.report()
+        assert report.share_computed == 1.0
+        assert report.repaired == sum(row.branch is not None for row in report.rows) // 2
+    assert "the step is computed" in caplog.text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_good_runs_are_not_touched(family) -> None:
+    tiny, _ = built(family)
+    method = accel.PlainCycle(interval=2)
+    with accel.patched(tiny.pipe, method):
+        expected = run(tiny)
+    with accel.patched(tiny.pipe, method, guard=True) as handle:
+        assert torch.equal(run(tiny), expected)
+        assert handle.report().repaired == 0
+        assert len(handle.report().rows) % STEPS == 0
+
+
+def test_strict_raises_and_leaves_the_pipeline_usable() -> None:
+    tiny, baseline = built("wan21")
+    method = accel.PlainCycle(interval=2, reuse=Spoilt(float("nan")))
+    with (
+        accel.patched(tiny.pipe, method, strict=True),
+        pytest.raises(accel.AccelError, match="nan times"),
+    ):
+        run(tiny)
+    assert torch.equal(run(tiny), baseline)
