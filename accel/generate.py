@@ -66,6 +66,11 @@ class Comparison:
 def load(job: Job) -> tuple[Any, dict[str, Any], int]:
     """Pipeline, arguments of its call, and frames per second for video."""
     pipe, call, fps = loading.load(job.model, job.loading)
+    return pipe, arguments(pipe, call, job), job.fps or fps or 16
+
+
+def arguments(pipe: Any, call: dict[str, Any], job: Job) -> dict[str, Any]:
+    """The arguments of a call: those that the model was made for, with what the job asks for."""
     chosen = {
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
@@ -78,11 +83,11 @@ def load(job: Job) -> tuple[Any, dict[str, Any], int]:
     accepted = set(inspect.signature(pipe.__call__).parameters)
     scale = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
     chosen[scale] = job.guidance_scale
-    call |= {name: value for name, value in chosen.items() if value is not None}
+    call = call | {name: value for name, value in chosen.items() if value is not None}
     unknown = sorted(set(call) - accepted)
     if unknown:
         raise AccelError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
-    return pipe, call, job.fps or fps or 16
+    return call
 
 
 def methods(names: list[str], settings: dict[str, Any], recipe: Path | None) -> tuple[Any, ...]:
@@ -119,6 +124,24 @@ def compare(
     fast, slow = run()[0], untouched()[0]
     pairs = [(run()[1], untouched()[1]) for _ in range(REPEATS)]
     ratios = tuple(plain / patched for patched, plain in pairs)
+    psnr, ssim, distance = quality(fast, slow)
+    return (
+        fast,
+        slow,
+        Comparison(
+            speedup=statistics.median(ratios),
+            speedups=ratios,
+            seconds=statistics.median(patched for patched, _ in pairs),
+            untouched_seconds=statistics.median(plain for _, plain in pairs),
+            psnr=psnr,
+            ssim_gaussian11=ssim,
+            feature_distance=distance,
+        ),
+    )
+
+
+def quality(fast: NDArray[np.uint8], slow: NDArray[np.uint8]) -> tuple[float, float, float | None]:
+    """PSNR, SSIM and feature distance (None without its extra) of two pictures or videos."""
     a, b = (
         torch.from_numpy(x).reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2) / 255
         for x in (fast, slow)
@@ -128,19 +151,7 @@ def compare(
     except AccelError as error:
         logger.warning("%s", error)
         distance = None
-    return (
-        fast,
-        slow,
-        Comparison(
-            speedup=statistics.median(ratios),
-            speedups=ratios,
-            seconds=statistics.median(patched for patched, _ in pairs),
-            untouched_seconds=statistics.median(plain for _, plain in pairs),
-            psnr=metrics.psnr(a, b),
-            ssim_gaussian11=metrics.ssim(a, b),
-            feature_distance=distance,
-        ),
-    )
+    return metrics.psnr(a, b), metrics.ssim(a, b), distance
 
 
 def generate(
