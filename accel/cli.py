@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from accel import recipe_cli
 from accel.method import AccelError
 
 app = typer.Typer(
@@ -20,6 +21,8 @@ app = typer.Typer(
     help="Faster diffusers pipelines.",
     rich_markup_mode=None,
 )
+
+app.add_typer(recipe_cli.app, name="recipe")
 
 
 class Format(str, Enum):

@@ -175,12 +175,22 @@ class Recipe(BaseModel):
 
 def published(name: str) -> dict[str, Any]:
     """The settings that a method's authors published for a model, such as "magcache/qwen-image"."""
-    places = (Path(folder) / "pipelines" / "published.json" for folder in accel.__path__)
-    file = next(place for place in places if place.is_file())
-    known: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    known = _published()
     if name not in known:
         raise AccelError(f"no published settings {name!r}; known: {', '.join(sorted(known))}")
     return known[name]
+
+
+def published_names() -> list[str]:
+    """Every name that `published` knows."""
+    return sorted(_published())
+
+
+def _published() -> dict[str, dict[str, Any]]:
+    places = (Path(folder) / "pipelines" / "published.json" for folder in accel.__path__)
+    file = next(place for place in places if place.is_file())
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+    return found
 
 
 def beside(pipe: Any) -> Recipe | None:
