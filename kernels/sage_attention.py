@@ -16,9 +16,11 @@ from torch import Tensor
 from accel.kernels.attention_inputs import check_inputs, repeat_heads, to_heads_first, why_not
 from accel.kernels.sage_attention_quantise import (
     E4M3_MAX,
-    QUERY_BLOCK,
+    SMOOTH_BOTH,
+    SMOOTH_KEY,
     Quantised,
     Smoothing,
+    per_query,
     quantise,
 )
 
@@ -34,7 +36,7 @@ def sage_int8(
     is_causal: bool = False,
     scale: float | None = None,
     layout: str = "HND",
-    smoothing: Smoothing = Smoothing(),
+    smoothing: Smoothing = SMOOTH_KEY,
 ) -> Tensor:
     """Attention with INT8 QKᵀ and PV in the inputs' own type; shapes as `flash_attention`.
 
@@ -61,7 +63,7 @@ def sage_int8_fp8(
     is_causal: bool = False,
     scale: float | None = None,
     layout: str = "HND",
-    smoothing: Smoothing = Smoothing(),
+    smoothing: Smoothing = SMOOTH_KEY,
 ) -> Tensor:
     """Attention with INT8 QKᵀ and e4m3 PV summed on two levels; shapes as `flash_attention`.
 
@@ -88,7 +90,7 @@ def sage_int4(
     is_causal: bool = False,
     scale: float | None = None,
     layout: str = "HND",
-    smoothing: Smoothing = Smoothing(query=True),
+    smoothing: Smoothing = SMOOTH_BOTH,
 ) -> Tensor:
     """Attention with INT4 QKᵀ, in torch only: to see what four bits would cost.
 
@@ -145,7 +147,7 @@ def _bias_of(small: Quantised, keys: slice) -> Tensor | float:
     bias = small.bias[..., keys]
     if bias.shape[2] == 1:
         return bias
-    return bias.repeat_interleave(QUERY_BLOCK, dim=2)[:, :, : small.query.shape[2]]
+    return per_query(bias, small.query.shape[2])
 
 
 def _finished(small: Quantised, output: Tensor, total: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ class Smoothing:
     value: bool = False
 
 
+SMOOTH_KEY, SMOOTH_BOTH = Smoothing(), Smoothing(query=True)
+
+
 @dataclass(frozen=True)
 class Quantised:
     """Integers, their scales and what smoothing took out.
@@ -63,7 +66,7 @@ def quantise(
     *,
     attn_mask: Tensor | None = None,
     scale: float | None = None,
-    smoothing: Smoothing = Smoothing(),
+    smoothing: Smoothing = SMOOTH_KEY,
     bits: int = 8,
     value_range: float | None = None,
     key_block: int = 64,
@@ -80,7 +83,8 @@ def quantise(
     query_32 = query.to(torch.float32) * (softmax_scale(query, scale) * LOG2_E)
     bias = None if bias is None else bias[:, None, None] * LOG2_E
     if smoothing.query:
-        query_32, correction = smooth_query(query_32, key_32)
+        means, correction = query_means(query_32, key_32)
+        query_32 = query_32 - per_query(means, query.shape[2])
         bias = correction if bias is None else correction + bias
     key_8, key_scale = round_blocks(_zero_unless(valid, key_32), bits, key_block)
     query_8, query_scale = round_rows(query_32, bits)
@@ -104,11 +108,15 @@ def mean_over_keys(tensor: Tensor, valid: Tensor | None) -> Tensor:
     return total / valid.sum(dim=2, keepdim=True).clamp_min(1)
 
 
-def smooth_query(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Q minus the mean of its block, and mean · Kᵀ for (batch, heads, query blocks, keys)."""
+def query_means(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of blocks of Q, and their scores with every key, (batch, heads, query blocks, keys)."""
     means = block_means(query, QUERY_BLOCK)
-    rows = means.repeat_interleave(QUERY_BLOCK, dim=2)[:, :, : query.shape[2]]
-    return query - rows, means @ repeat_heads(key, query.shape[1]).mT
+    return means, means @ repeat_heads(key, query.shape[1]).mT
+
+
+def per_query(blocks: Tensor, queries: int) -> Tensor:
+    """(batch, heads, query blocks, …) repeated for every query of a block."""
+    return blocks.repeat_interleave(QUERY_BLOCK, dim=2)[:, :, :queries]
 
 
 def block_means(tensor: Tensor, block: int) -> Tensor:
