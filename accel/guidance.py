@@ -32,7 +32,8 @@ _UNBATCHED = ("rotary", "img_ids", "txt_ids")
 class GuidanceContext:
     """A step as a guidance policy sees it; `log_snr` is log(signal/noise) of the latent.
 
-    `planes(x)` turns a prediction into (…, rows, columns) maps, `tokens(x)` back.
+    `planes(x)` turns a prediction into (…, rows, columns) maps, `tokens(x)` back. `latent` is the
+    denoiser's input, of both halves where they are one batch.
     """
 
     step: int
@@ -41,6 +42,7 @@ class GuidanceContext:
     log_snr: float
     planes: Callable[[Tensor], Tensor]
     tokens: Callable[[Tensor], Tensor]
+    latent: Tensor
 
 
 class GuidancePolicy(Protocol):
@@ -91,7 +93,7 @@ class _Branches:
         arguments = Arguments(denoiser.names, args, kwargs)
         if clock.run != self.run:
             self.run, self.policy, self.step = clock.run, self.make(), -1
-            self.doubled = _is_doubled(denoiser, arguments)
+            self.doubled = is_doubled(denoiser, arguments)
             self.unguided = None
         if clock.step != self.step:
             self._check_last_step()
@@ -148,10 +150,10 @@ class _Branches:
             halves = output[0].chunk(2)
             cond, uncond = halves[order[0]], halves[order[1]]
         else:
-            output = run(Branch("cond", 0), *_half(arguments, order[0]))
+            output = run(Branch("cond", 0), *half(arguments, order[0]))
             cond, uncond = output[0], None
             if self.choice == "full":
-                uncond = run(Branch("uncond", 1), *_half(arguments, order[1]))[0]
+                uncond = run(Branch("uncond", 1), *half(arguments, order[1]))[0]
             else:
                 self._note("uncond")
         if uncond is None:
@@ -179,11 +181,17 @@ class _Branches:
             return _tokens(x, denoiser, arguments)
 
         return GuidanceContext(
-            clock.step, clock.total, clock.timesteps[place], clock.log_snr[place], planes, tokens
+            step=clock.step,
+            total=clock.total,
+            timestep=clock.timesteps[place],
+            log_snr=clock.log_snr[place],
+            planes=planes,
+            tokens=tokens,
+            latent=arguments.get(denoiser.family.latent),
         )
 
 
-def _is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
+def is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
     """Whether the latent holds the same batch twice, as batched guidance makes it."""
     if denoiser.family.guidance != "batched":
         return False
@@ -194,7 +202,7 @@ def _is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
     return bool(torch.equal(first, second))
 
 
-def _half(arguments: Arguments, which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def half(arguments: Arguments, which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments for one half of the batch."""
     batch = next(
         len(value)
