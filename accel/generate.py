@@ -8,7 +8,7 @@ import inspect
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import torch
 
 import accel
 from accel import loading, media, metrics, registry
+from accel.batch_items import slug
 from accel.loading import Loading
 from accel.method import AccelError
 from accel.recipe import Recipe
@@ -80,14 +81,20 @@ def arguments(pipe: Any, call: dict[str, Any], job: Job) -> dict[str, Any]:
         "num_frames": job.num_frames,
         **job.extra,
     }
-    accepted = set(inspect.signature(pipe.__call__).parameters)
-    scale = "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
-    chosen[scale] = job.guidance_scale
-    call = call | {name: value for name, value in chosen.items() if value is not None}
-    unknown = sorted(set(call) - accepted)
+    chosen["guidance_scale"] = job.guidance_scale
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return completed(pipe, call, given)
+
+
+def completed(pipe: Any, call: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments `call` with those `given`; raises `AccelError` for what the pipeline lacks."""
+    if "guidance_scale" in given and "true_cfg_scale" in call:
+        rest = {name: value for name, value in given.items() if name != "guidance_scale"}
+        given = rest | {"true_cfg_scale": given["guidance_scale"]}
+    unknown = sorted(set(call | given) - set(inspect.signature(pipe.__call__).parameters))
     if unknown:
         raise AccelError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
-    return call
+    return call | given
 
 
 def methods(names: list[str], settings: dict[str, Any], recipe: Path | None) -> tuple[Any, ...]:
@@ -104,16 +111,33 @@ def methods(names: list[str], settings: dict[str, Any], recipe: Path | None) -> 
     return Recipe.read({"entries": entries}).methods if entries else ()
 
 
+def render(
+    pipe: Any, call: dict[str, Any], seeds: Sequence[int]
+) -> tuple[list[NDArray[np.float32]], float]:
+    """One call: a picture (h, w, 3) or video (frames, h, w, 3) for each seed, and its seconds.
+
+    Values are 0 to 1 unless the model went wrong. Generators are on the CPU, so that noise depends
+    on the seed alone and not on the device or the batch.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    began = time.perf_counter()
+    out = pipe(**call, generator=generators if len(seeds) > 1 else generators[0], output_type="np")
+    seconds = time.perf_counter() - began
+    made = out.frames if hasattr(out, "frames") else out.images
+    return [np.asarray(each) for each in made], seconds
+
+
+def pixels(array: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Values 0 to 1 as bytes."""
+    return (array * 255).round().clip(0, 255).astype(np.uint8)
+
+
 def make(pipe: Any, call: dict[str, Any], seed: int) -> tuple[NDArray[np.uint8], float]:
     """Run once: a picture (h, w, 3) or video (frames, h, w, 3), and the seconds it took."""
-    generator = torch.Generator().manual_seed(seed)
-    began = time.perf_counter()
-    out = pipe(**call, generator=generator, output_type="np")
-    seconds = time.perf_counter() - began
-    array = np.asarray(out.frames[0] if hasattr(out, "frames") else out.images[0])
+    (array,), seconds = render(pipe, call, [seed])
     if not np.isfinite(array).all():
         raise AccelError("the pipeline produced values that are not finite")
-    return (array * 255).round().clip(0, 255).astype(np.uint8), seconds
+    return pixels(array), seconds
 
 
 def compare(
@@ -176,9 +200,9 @@ def generate(
         fast, slow, comparison = compare(run, lambda: make(pipe, call, job.seed))
     else:
         fast = run()[0]
-    metadata = _metadata(job, call, recipe)
-    files = _write(output, job, fast, slow, fps, metadata)
-    return _result(files, reports[0], comparison, metadata)
+    about = metadata(job, call, recipe, fps)
+    files = _write(output, job, fast, slow, fps, about)
+    return _result(files, reports[0], comparison, about)
 
 
 def settle(
@@ -192,10 +216,8 @@ def settle(
         return attached.methods, attached.recipe()
 
 
-def _metadata(job: Job, call: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    versions = {
-        name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")
-    }
+def metadata(job: Job, call: dict[str, Any], recipe: Recipe | None, fps: int) -> dict[str, Any]:
+    """Everything that makes the file again; without a recipe it was made untouched."""
     return {
         "schema_version": 1,
         "model": job.model,
@@ -204,37 +226,43 @@ def _metadata(job: Job, call: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
         "steps": call.get("num_inference_steps"),
         "loading": dataclasses.asdict(job.loading),
         "call": {key: value for key, value in call.items() if key != "prompt"},
-        "methods": [entry.name for entry in recipe.entries],
-        "recipe": recipe.model_dump(mode="json"),
-        "versions": {"accel": accel.__version__, **versions},
+        "methods": [entry.name for entry in recipe.entries] if recipe else [],
+        "recipe": recipe.model_dump(mode="json") if recipe else None,
+        "fps": fps,
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of this package and those that make the numbers."""
+    others = ("torch", "diffusers", "transformers")
+    return {
+        "accel": accel.__version__,
+        **{name: importlib.metadata.version(name) for name in others},
     }
 
 
 def _write(
-    output: Path, job: Job, fast: Any, slow: Any, fps: int, metadata: dict[str, Any]
+    output: Path, job: Job, fast: Any, slow: Any, fps: int, about: dict[str, Any]
 ) -> list[str]:
-    words = "".join(c if c.isascii() and c.isalnum() else "-" for c in job.prompt.lower())
-    stem = f"{'-'.join(part for part in words.split('-') if part)[:60]}_{job.seed}"
-    versions = {stem: (fast, metadata)}
+    stem = f"{slug(job.prompt)}_{job.seed}"
+    files = {stem: (fast, about)}
     if slow is not None:
-        plain = {**metadata, "methods": [], "recipe": None}
+        plain = {**about, "methods": [], "recipe": None}
         zoom = max(256 // fast.shape[-2], 1)
-        versions[f"{stem}_untouched"] = (slow, plain)
-        versions[f"{stem}_side-by-side"] = (media.side_by_side(fast, slow, zoom), metadata)
-    files = []
-    for name, (array, about) in versions.items():
-        if array.ndim == 4:
-            path = output / f"{name}.{job.video_format}"
-            files.append(media.save_video(path, array, fps, about))
-        else:
-            files.append(media.save_image(output / f"{name}.png", array, about))
-    return [str(file) for file in files]
+        files[f"{stem}_untouched"] = (slow, plain)
+        files[f"{stem}_side-by-side"] = (media.side_by_side(fast, slow, zoom), about)
+    return [
+        str(media.save(output / name, array, fps, job.video_format, content))
+        for name, (array, content) in files.items()
+    ]
 
 
 def _result(
-    files: list[str], report: Report, comparison: Comparison | None, metadata: dict[str, Any]
+    files: list[str], report: Report, comparison: Comparison | None, about: dict[str, Any]
 ) -> dict[str, Any]:
-    result: dict[str, Any] = {"methods": metadata["methods"]}
+    result: dict[str, Any] = {"methods": about["methods"]}
     if comparison is not None:
         result |= {
             "speedup": comparison.speedup,

@@ -50,6 +50,13 @@ def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -
     return _atomically(path, lambda part: _encode(part, frames, fps, metadata))
 
 
+def save(stem: Path, array: Frames, fps: int, video_format: str, metadata: dict[str, Any]) -> Path:
+    """A picture as PNG or a video in `video_format`, by the axes; `stem` has no suffix."""
+    if array.ndim == 3:
+        return save_image(stem.with_name(f"{stem.name}.png"), array, metadata)
+    return save_video(stem.with_name(f"{stem.name}.{video_format}"), array, fps, metadata)
+
+
 def read_metadata(path: Path) -> dict[str, Any]:
     """The metadata that this package wrote into a PNG, GIF or MP4."""
     if not path.is_file():
@@ -118,7 +125,22 @@ def _atomically(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _parameters(metadata: dict[str, Any]) -> str:
-    """A line as common image viewers show it."""
-    rest = {key: metadata[key] for key in ("steps", "seed", "model", "methods") if key in metadata}
-    listed = ", ".join(f"{key}: {value}" for key, value in rest.items())
-    return f"{metadata.get('prompt', '')}\n{listed}"
+    """What common viewers and web interfaces read: prompt, negative prompt, `Key: value`."""
+    call = metadata.get("call") or {}
+    size = f"{call['width']}x{call['height']}" if {"width", "height"} <= set(call) else None
+    known = {
+        "Steps": metadata.get("steps"),
+        "CFG scale": call.get("true_cfg_scale", call.get("guidance_scale")),
+        "Seed": metadata.get("seed"),
+        "Size": size,
+        "Model": metadata.get("model"),
+        "Acceleration": " + ".join(metadata.get("methods") or ()) or None,
+    }
+    settings = ", ".join(f"{key}: {value}" for key, value in known.items() if value is not None)
+    negative = call.get("negative_prompt")
+    lines = [
+        metadata.get("prompt", ""),
+        f"Negative prompt: {negative}" if negative else "",
+        settings,
+    ]
+    return "\n".join(line for line in lines if line)

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 class AccelError(ValueError):
     """A wrong argument, model, file or recipe; names what was wrong and what is accepted."""
 
+    exit_code: ClassVar[int] = 2
+
+
+class MissingError(AccelError):
+    """A package, device or service that is needed is not here."""
+
+    exit_code: ClassVar[int] = 3
+
 
 class Handle:
     """What attaching returns: `remove()` undoes it once, and it works as a context manager."""

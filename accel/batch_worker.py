@@ -1,0 +1,444 @@
+"""The worker of a batch: one loaded, patched pipeline that makes the files of one folder.
+
+Every way to run a batch (this process, several devices through accelerate, several machines through
+Ray) calls `Worker.do` and nothing else, so that all make the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import gc
+import hashlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import accel
+from accel import generate, media
+from accel.batch_items import Item
+from accel.batch_manifest import PRIVATE, Manifest, claim, sha256
+from accel.loading import Loading
+from accel.method import AccelError
+from accel.recipe import Recipe
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+BLACK = 1 / 255
+"""A result without any value above this is taken for a failure of the numbers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a batch makes. `job` holds the arguments of every item that does not set its own,
+    `recipe` the methods asked for (none: the best known ones), `first` the item that tables are
+    measured on (the same in all shards), `run` names this run in its rows."""
+
+    job: generate.Job
+    output: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    first: Item | None = None
+    batches: tuple[tuple[Item, ...], ...] = ()
+    overwrite: bool = False
+    retry: int = 0
+    on_error: str = "continue"
+    oom_fallback: bool = False
+    deadline: float | None = None
+    prices: tuple[float, ...] = ()
+    run: str = ""
+
+    def to_json(self) -> str:
+        """For another process; `from_json` reads it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote."""
+        content = json.loads(text)
+        job = content["job"]
+        job["loading"]["lora"] = tuple(job["loading"]["lora"])
+        content["job"] = generate.Job(**job | {"loading": Loading(**job["loading"])})
+        content["first"] = Item(**content["first"])
+        content["batches"] = tuple(
+            tuple(Item(**item) for item in batch) for batch in content["batches"]
+        )
+        return cls(**content | {"prices": tuple(content["prices"])})
+
+
+@dataclass(frozen=True)
+class Made:
+    """One result, the items that were made in one call with it, and what went wrong on the way."""
+
+    array: NDArray[np.float32]
+    seconds: float
+    together: tuple[Item, ...]
+    recipe: Recipe | None
+    share_computed: float
+    check: str | None = None
+
+
+class Worker:
+    """Makes items. The pipeline is loaded once; `name` tells workers apart in the manifest."""
+
+    def __init__(self, plan: Plan, name: str = "", device: str | None = None) -> None:
+        assert plan.first is not None  # a plan that is carried out has an item
+        self.plan, self.folder, self._first = plan, Path(plan.output), plan.first
+        self.name = name or f"{socket.gethostname()}:{os.getpid()}"
+        options = plan.job.loading
+        if device is not None and options.device == "auto":
+            options = dataclasses.replace(options, device=device)
+        self.pipe, self.call, self.fps = generate.load(
+            dataclasses.replace(plan.job, loading=options, prompt=self._first.prompt)
+        )
+        self.revision = model_revision(plan.job.model, self.pipe, options.revision)
+        self.lightened: list[str] = []
+        """What the out-of-memory ladder has changed for good."""
+        self._rungs = list(LADDER)
+        self.methods, self.recipe = self._settled()
+        self.recipe_json = self.recipe.model_dump(mode="json")
+
+    def _settled(self) -> tuple[tuple[Any, ...], Recipe]:
+        """The methods with their tables, measured once for the folder, by whoever is first."""
+        chosen = Recipe.read(self.plan.recipe).methods if self.plan.recipe else ()
+        key = _digest(self.plan.recipe, self.revision, self.call | {"prompt": ""})
+        file = self.folder / PRIVATE / f"recipe-{key}.json"
+        while True:
+            with claim(self.folder, f"recipe-{key}") as mine:
+                if file.is_file():
+                    recipe = Recipe.load(file)
+                    return recipe.methods, recipe
+                if mine:
+                    methods, recipe = generate.settle(self.pipe, chosen, self._measure)
+                    recipe.save(file)
+                    return methods, recipe
+            time.sleep(0.2)
+
+    def _measure(self) -> None:
+        generate.render(self.pipe, self._call((self._first,)), [self._first.seed])
+
+    def job_id(self, item: Item) -> str:
+        """The same for the same item, model revision, recipe and version; batch size and place do
+        not count."""
+        call = {key: value for key, value in self._call((item,)).items() if key != "prompt"}
+        settings = (self.plan.job.video_format, self.fps, _loading(self.plan.job.loading))
+        about = (item.prompt, item.seed, call, self.revision, self.recipe_json, settings)
+        return _digest(*about, accel.__version__)
+
+    def waiting(self, batch: tuple[Item, ...], manifest: Manifest) -> list[Item]:
+        """The items of a batch that this run still has to make."""
+        return [item for item in batch if self._is_waiting(item, manifest)]
+
+    def _is_waiting(self, item: Item, manifest: Manifest) -> bool:
+        assert item.name is not None  # items of a plan are named
+        row = manifest.by_name.get(item.name)
+        if row is not None and row.get("run") == self.plan.run:
+            return False
+        if item.error is not None or self.plan.overwrite:
+            return True
+        try:
+            return not manifest.done(item.name, self.job_id(item))
+        except AccelError:
+            return True  # the error is reported where the item is made
+
+    def do(self, batch: tuple[Item, ...], wanted: list[Item]) -> Iterator[dict[str, Any]]:
+        """Make the `wanted` items of a batch; a row for each, errors included.
+
+        The whole batch runs even if a part of it is wanted, because what runs together changes the
+        last bits, and with adaptive methods the decisions. Raises `OSError` when the disk is full.
+        """
+        good = tuple(item for item in batch if item.error is None and self._problem(item) is None)
+        for item in wanted:
+            if item not in good:
+                yield self.failed(item, item.error or self._problem(item) or "")
+        asked = [item for item in good if item in wanted]
+        kept = {item.index: self._existing(item) for item in asked}
+        for item in asked:
+            if kept[item.index] is not None:
+                yield self._row(item, **kept[item.index] or {})
+        asked = [item for item in asked if kept[item.index] is None]
+        if not asked:
+            return
+        made, error = self._persistently(good)
+        for item in asked:
+            if made is None:
+                yield self.failed(item, error)
+            else:
+                yield self._written(item, made[item.index])
+
+    # --- before ----------------------------------------------------------------------------------
+
+    def _problem(self, item: Item) -> str | None:
+        try:
+            self._call((item,))
+        except AccelError as error:
+            return f"line {item.line}: {error}"
+        return None
+
+    def _existing(self, item: Item) -> dict[str, Any] | None:
+        """What to say of a file that lies there already: adopted, refused, or None to make it."""
+        if self.plan.overwrite:
+            return None
+        found = [path for path in self._candidates(item) if path.is_file()]
+        if not found:
+            return None
+        try:
+            about = media.read_metadata(found[0])
+        except (AccelError, ValueError):
+            about = {}
+        if about.get("id") == self.job_id(item):
+            return self._file(item, found[0]) | {"seconds": None}
+        return {
+            "status": "failed",
+            "error": f"{found[0].name} lies there and was made with other settings, or is damaged; "
+            "--overwrite replaces it, or use another --output",
+        }
+
+    def _candidates(self, item: Item) -> list[Path]:
+        suffixes = dict.fromkeys((self.plan.job.video_format, "png"))
+        return [self.folder / f"{item.name}.{suffix}" for suffix in suffixes]
+
+    # --- making ----------------------------------------------------------------------------------
+
+    def _call(self, items: tuple[Item, ...]) -> dict[str, Any]:
+        """The arguments of one call for items that share theirs."""
+        call = generate.completed(self.pipe, self.call, items[0].call)
+        prompts = [item.prompt for item in items]
+        default = call.get("negative_prompt")
+        negatives = [
+            default if item.negative_prompt is None else item.negative_prompt for item in items
+        ]
+        single = len(items) == 1
+        if any(negative is not None for negative in negatives):
+            filled = [negative or "" for negative in negatives]
+            call = generate.completed(
+                self.pipe, call, {"negative_prompt": filled[0] if single else filled}
+            )
+        return call | {"prompt": prompts[0] if single else prompts}
+
+    def _persistently(self, items: tuple[Item, ...]) -> tuple[dict[int, Made] | None, str]:
+        """Results by index, after at most `retry` more tries; or None and the last error."""
+        error = ""
+        for attempt in range(self.plan.retry + 1):
+            try:
+                return self._lightened(items), ""
+            except Exception as problem:  # an item may fail in any way; its row says how
+                error = f"{type(problem).__name__}: {problem}".splitlines()[0]
+                logger.warning("try %d of items %s: %s", attempt + 1, _numbers(items), error)
+                _free()
+        return None, error
+
+    def _lightened(self, items: tuple[Item, ...]) -> dict[int, Made]:
+        """Results by index; with `oom_fallback`, by smaller batches, VAE tiling and offloading."""
+        while True:
+            try:
+                return self._checked(items)
+            except Exception as error:
+                if not (self.plan.oom_fallback and is_out_of_memory(error)):
+                    raise
+            _free()
+            if len(items) > 1:
+                half = len(items) // 2
+                logger.warning("out of memory: items %s in two parts", _numbers(items))
+                return self._lightened(items[:half]) | self._lightened(items[half:])
+            self._give_up_speed()
+
+    def _give_up_speed(self) -> None:
+        """Take the next rung of the ladder that does anything here."""
+        while self._rungs:
+            rung = self._rungs.pop(0)
+            if LADDER[rung](self.pipe):
+                self.lightened.append(rung)
+                logger.warning("out of memory: going on with %s", rung)
+                return
+        taken = ", ".join(self.lightened) or "nothing left to give up"
+        raise AccelError(f"out of memory even with batch size 1 and {taken}")
+
+    def _checked(self, items: tuple[Item, ...]) -> dict[int, Made]:
+        """Results by index; those that are not finite or all black are made again untouched."""
+        made = self._run(items, self.methods)
+        faults = {index: fault(each.array) for index, each in made.items()}
+        if not any(faults.values()):
+            return made
+        what = next(each for each in faults.values() if each)
+        logger.warning("items %s: %s, once more without acceleration", _numbers(items), what)
+        plain = self._run(items, None)
+        for index, found in faults.items():
+            if found is None:
+                continue
+            if fault(plain[index].array) == "not finite":
+                raise AccelError("values that are not finite, without acceleration too")
+            note = f"{found}; made again without acceleration"
+            made[index] = dataclasses.replace(plain[index], check=note)
+        return made
+
+    def _run(self, items: tuple[Item, ...], methods: tuple[Any, ...] | None) -> dict[int, Made]:
+        call, seeds = self._call(items), [item.seed for item in items]
+        with contextlib.ExitStack() as stack:
+            patch = None
+            if methods is not None:
+                patch = stack.enter_context(accel.patched(self.pipe, *methods))
+            arrays, seconds = generate.render(self.pipe, call, seeds)
+            share = patch.report().share_computed if patch else 1.0
+        if len(arrays) != len(items):
+            raise AccelError(
+                f"{type(self.pipe).__name__} made {len(arrays)} results of {len(items)} prompts; "
+                "use --batch-size 1"
+            )
+        recipe, each = self.recipe if patch else None, seconds / len(items)
+        return {
+            item.index: Made(array, each, items, recipe, share)
+            for item, array in zip(items, arrays, strict=True)
+        }
+
+    # --- after -----------------------------------------------------------------------------------
+
+    def _written(self, item: Item, made: Made) -> dict[str, Any]:
+        assert item.name is not None  # items of a plan are named
+        try:
+            path = media.save(
+                self.folder / item.name,
+                generate.pixels(made.array),
+                self.fps,
+                self.plan.job.video_format,
+                self._metadata(item, made),
+            )
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            return self.failed(item, f"{type(error).__name__}: {error}")
+        row = self._file(item, path) | {
+            "seconds": made.seconds,
+            "share_computed": made.share_computed,
+        }
+        notes = {"check": made.check, "fallback": list(self.lightened) or None}
+        return self._row(item, **row, **{key: note for key, note in notes.items() if note})
+
+    def _metadata(self, item: Item, made: Made) -> dict[str, Any]:
+        call = self._call((item,))
+        job = dataclasses.replace(self.plan.job, prompt=item.prompt, seed=item.seed)
+        about = generate.metadata(job, call, made.recipe, self.fps)
+        about |= {"id": self.job_id(item), "model_revision": self.revision}
+        if len(made.together) > 1:
+            about["batch"] = [
+                {
+                    "prompt": each.prompt,
+                    "seed": each.seed,
+                    "negative_prompt": self._call((each,)).get("negative_prompt"),
+                }
+                for each in made.together
+            ]
+            about["place"] = made.together.index(item)
+        if self.lightened:
+            about["fallback"] = list(self.lightened)
+        return about if made.check is None else about | {"check": made.check}
+
+    def failed(self, item: Item, error: str) -> dict[str, Any]:
+        """The row of an item that was not made."""
+        return self._row(item, status="failed", error=error)
+
+    def _file(self, item: Item, path: Path) -> dict[str, Any]:
+        return {
+            "status": "done",
+            "id": self.job_id(item),
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+
+    def _row(self, item: Item, **more: Any) -> dict[str, Any]:
+        row = {"index": item.index, "name": item.name, "seed": item.seed, "prompt": item.prompt}
+        measured = {"run": self.plan.run, "worker": self.name, "finished": time.time()}
+        return row | more | measured
+
+
+def fault(array: NDArray[np.float32]) -> str | None:
+    """What is wrong with a result: "not finite", "all black" or nothing."""
+    if not np.isfinite(array).all():
+        return "not finite"
+    return "all black" if array.max() <= BLACK else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is short, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )
+
+
+def model_revision(model: str, pipe: Any, revision: str | None = None) -> str:
+    """The commit of a repository; of a folder, a digest of its files' names, sizes and ends."""
+    origin = pipe.config.get("_name_or_path") or model
+    folder = Path(str(origin))
+    if folder.is_dir():
+        if folder.parent.name == "snapshots":
+            return folder.name
+        return _digest([_outline(folder, path) for path in sorted(folder.rglob("*"))])
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "model_index.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else "unknown"
+
+
+def _outline(folder: Path, path: Path, ends: int = 65_536) -> tuple[str, int, str] | None:
+    """A file's place, size, and a digest of its first and last bytes: weights are large."""
+    if not path.is_file():
+        return None
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        content = file.read(ends)
+        file.seek(max(size - ends, 0))
+        content += file.read(ends)
+    return str(path.relative_to(folder)), size, hashlib.sha256(content).hexdigest()
+
+
+def _tile(pipe: Any) -> bool:
+    able = hasattr(getattr(pipe, "vae", None), "enable_tiling")
+    if able:
+        pipe.vae.enable_tiling()
+    return able
+
+
+def _offload(pipe: Any) -> bool:
+    able = bool(pipe.device.type != "cpu")
+    if able:
+        pipe.enable_model_cpu_offload(device=pipe.device)
+    return able
+
+
+LADDER: dict[str, Callable[[Any], bool]] = {"vae-tiling": _tile, "offload": _offload}
+"""What is given up, one after the other, when one item alone does not fit; whether it could be."""
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _loading(options: Loading) -> dict[str, Any]:
+    """What of the loading changes results; devices are not a part of what was asked for."""
+    return {key: value for key, value in dataclasses.asdict(options).items() if key != "device"}
+
+
+def _numbers(items: tuple[Item, ...]) -> str:
+    return ", ".join(str(item.index) for item in items)
+
+
+def _digest(*values: Any) -> str:
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
