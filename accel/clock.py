@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -24,6 +25,14 @@ class StepClock:
     completed: int = 0
     """Number of the last run that made all its steps."""
     listeners: list[Callable[[], None]] = field(default_factory=list)
+    call: dict[str, Any] = field(default_factory=dict)
+    """The arguments of the pipeline call in progress, by name, with its defaults."""
+    clean: Any = None
+    """The clean latent that an image-to-image run noised, as the pipeline holds it."""
+    prediction: str = "epsilon"
+    """What the denoiser predicts: "flow", "epsilon", "v_prediction" or "sample"."""
+    staging: Any = None
+    """The `StagedRun` of a method that samples in stages (see `accel.staging`)."""
 
     @property
     def schedule(self) -> int:
@@ -35,6 +44,7 @@ class StepClock:
         self.run += 1
         self.step, self.total, self.timesteps = 0, len(timesteps), timesteps
         self.log_snr = log_snr or [0.0] * len(timesteps)
+        self.clean = None
         for forget in self.listeners:
             forget()
 
@@ -52,3 +62,4 @@ class StepClock:
     def end(self) -> None:
         """The run is over, normally or by an exception."""
         self.step = None
+        self.call, self.clean = {}, None

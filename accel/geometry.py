@@ -30,6 +30,14 @@ def token_grid(module: Any, family: Family, arguments: Arguments) -> Grid:
     return (frames // sizes[0], shape[-2] // sizes[1], shape[-1] // sizes[2])
 
 
+def prediction_kind(scheduler: Any) -> str:
+    """What the denoiser predicts: "flow", or the scheduler's own word ("epsilon", …)."""
+    config = scheduler.config
+    flow = "FlowMatch" in type(scheduler).__name__ or config.get("use_flow_sigmas", False)
+    kind: str = config.get("prediction_type", "epsilon")
+    return "flow" if flow or kind == "flow_prediction" else kind
+
+
 def log_signal_to_noise(scheduler: Any) -> list[float]:
     """λ = log(a/b) for each timestep of the schedule, where the latent is a·data + b·noise.
 
@@ -38,12 +46,7 @@ def log_signal_to_noise(scheduler: Any) -> list[float]:
     """
     config, timesteps = scheduler.config, scheduler.timesteps.tolist()
     train = config.get("num_train_timesteps", 1000)
-    flow = (
-        "FlowMatch" in type(scheduler).__name__
-        or config.get("use_flow_sigmas", False)
-        or config.get("prediction_type") == "flow_prediction"
-    )
-    if flow:
+    if prediction_kind(scheduler) == "flow":
         noise = [min(max(t / train, _MARGIN), 1 - _MARGIN) for t in timesteps]
         return [math.log((1 - b) / b) for b in noise]
     alphas = getattr(scheduler, "alphas_cumprod", None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -109,6 +110,46 @@ def foreign_cache(module: Any) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def native_dispatch(processor: Any) -> Iterator[None]:
+    """This processor alone dispatches to diffusers' native attention; nothing global is touched."""
+    if not hasattr(processor, "_attention_backend"):
+        yield
+        return
+    own = processor.__dict__
+    before = {name: own[name] for name in ("_attention_backend",) if name in own}
+    processor._attention_backend = "native"
+    try:
+        yield
+    finally:
+        del processor._attention_backend  # the class has the default
+        own.update(before)
+
+
+def vendor_attention(name: str) -> Callable[..., Any] | str:
+    """diffusers' attention backend `name` as f(q, k, v, **options), or why it cannot run here.
+
+    Tensors are (batch, heads, tokens, head_dim).
+    """
+    try:
+        from diffusers.models.attention_dispatch import (
+            AttentionBackendName,
+            _check_attention_backend_requirements,
+            dispatch_attention_fn,
+        )
+
+        backend = AttentionBackendName(name)
+        _check_attention_backend_requirements(backend)
+    except (ImportError, ValueError, RuntimeError) as error:
+        return str(error)
+
+    def attend(query: Any, key: Any, value: Any, **options: Any) -> Any:
+        tokens_first = (each.transpose(1, 2) for each in (query, key, value))
+        return dispatch_attention_fn(*tokens_first, backend=backend, **options).transpose(1, 2)
+
+    return attend
+
+
 def is_compiled_whole(module: Any) -> bool:
     """Whether the whole denoiser (not its blocks) was compiled."""
     return hasattr(module, "_orig_mod") or (
@@ -140,6 +181,18 @@ def using_adapter(module: Any, name: str) -> Iterator[None]:
 
 def _adapter_layers(module: Any) -> list[Any]:
     return [part for part in module.modules() if hasattr(part, "lora_A")]
+
+
+def call_arguments(
+    call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call by name, with its defaults; the call itself says what is wrong."""
+    try:
+        bound = inspect.signature(call).bind(*args, **kwargs)
+    except TypeError:
+        return dict(kwargs)
+    bound.apply_defaults()
+    return bound.arguments
 
 
 def call_length(pipe: Any, schedule: int) -> int:

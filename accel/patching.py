@@ -13,9 +13,16 @@ from accel import registry
 from accel.choosing import RecipeSource, choose
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
-from accel.geometry import log_signal_to_noise
+from accel.geometry import log_signal_to_noise, prediction_kind
 from accel.guard import Guard
-from accel.hooks import PATCH, call_length, foreign_cache, is_compiled_whole, override
+from accel.hooks import (
+    PATCH,
+    call_arguments,
+    call_length,
+    foreign_cache,
+    is_compiled_whole,
+    override,
+)
 from accel.method import AccelError, Handle, Method
 from accel.recipe import Recipe, Validity
 from accel.report import Report
@@ -153,7 +160,9 @@ class Patch:
         if scheduler is self._scheduler:
             return
         self._release_scheduler()
-        undo = override(scheduler, {"set_timesteps": self._set_timesteps, "step": self._step})
+        noising = {name: self._noised for name in ("add_noise", "scale_noise")}
+        steps = {"set_timesteps": self._set_timesteps, "step": self._step}
+        undo = override(scheduler, {**steps, **noising})
         self._scheduler, self._release = scheduler, undo
 
     def _release_scheduler(self) -> None:
@@ -168,9 +177,11 @@ class Patch:
             self._hold_denoisers()
             self._hold_scheduler()
             self._running = True
+            self._clock.call = call_arguments(original, args, kwargs)
             measuring = any(getattr(each, "unmeasured", False) for each in self._attached)
             try:
-                result = original(*args, **kwargs)
+                with self._stages(original, args, kwargs):
+                    result = original(*args, **kwargs)
                 if not measuring:
                     self._say_when_idle()
                 return result
@@ -179,6 +190,13 @@ class Patch:
                 self._clock.end()
                 for denoiser in self._denoisers:
                     denoiser.forget()
+
+    def _stages(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Around a call whose sampling a method makes in stages."""
+        staging = self._clock.staging
+        if staging is None:
+            return contextlib.nullcontext()
+        return staging.running(self._pipe, call, args, kwargs)
 
     def _say_when_idle(self) -> None:
         """A run in which a cache never acted is said loudly."""
@@ -211,17 +229,29 @@ class Patch:
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if self._running:
+            if self._clock.staging is not None:
+                self._clock.staging.install(self._scheduler)
             timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
             self._stay_valid(scheduler=type(self._scheduler).__name__, steps=len(timesteps))
             self._clock.begin(timesteps, log_signal_to_noise(self._scheduler))
+            self._clock.prediction = prediction_kind(self._scheduler)
         return result
+
+    def _noised(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Image-to-image noises the latent of its picture before the first step."""
+        if self._running and self._clock.clean is None:
+            self._clock.clean = args[0] if args else next(iter(kwargs.values()))
+        return original(*args, **kwargs)
 
     def _first_call(self, latents: int) -> None:
         self._stay_valid(latents=latents)
         self._clock.shorten(call_length(self._pipe, self._clock.schedule))
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+        if self._running and self._clock.staging is not None:
+            result = self._clock.staging.advance(self._scheduler, original, args, kwargs)
+        else:
+            result = original(*args, **kwargs)
         self._clock.advance()
         return result
 

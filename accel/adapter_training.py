@@ -1,0 +1,345 @@
+"""Train guidance adapters: the frozen model's own guided runs are all the data that is needed."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from accel import registry
+from accel.adapters import VARIANTS, AdapterConfig, Adapters, width_of
+from accel.chain import Chain, parameters
+from accel.family import ENCODER, Family
+from accel.loading import Loading, load
+from accel.method import AccelError, check, is_count, is_number
+from accel.sublayer import sublayers
+
+UNBATCHED = ("rotary", "img_ids", "txt_ids")
+STEPS = (14, 26)
+"""Steps of a guided run are drawn from this range, so that timesteps vary."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How adapters are trained: the settings of `accel adapters train`.
+
+    `trajectories` guided runs of prompts from the list, `batch` at a time, each with a scale drawn
+    from `scales`. Their states and both branches' predictions are kept beside the state of the
+    training, so that a run that was stopped goes on. `minutes` are of training.
+    """
+
+    variant: str = "cross"
+    width: int = 64
+    minutes: float = 10.0
+    trajectories: int = 128
+    scales: tuple[float, float] = (1.0, 8.0)
+    lr: float = 2e-3
+    batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check(self.variant in VARIANTS, self, "variant", " or ".join(VARIANTS))
+        check(is_number(self.minutes) and self.minutes > 0, self, "minutes", "a number > 0")
+        for name in ("width", "batch"):
+            check(is_count(getattr(self, name), 2), self, name, "a whole number ≥ 2")
+        least = 2 * self.batch
+        check(is_count(self.trajectories, least), self, "trajectories", "at least two batches")
+        low, high = self.scales
+        check(1 <= low < high, self, "scales", "two numbers, 1 ≤ lowest < highest")
+
+
+@dataclass
+class Pool:
+    """States of guided runs: `inputs` by argument name and the branches' predictions, all (n, …).
+
+    `gap` is the mean square of cond − uncond at a state's step, over the prompts that ran together.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    cond: Tensor = field(default_factory=Tensor)
+    uncond: Tensor = field(default_factory=Tensor)
+    gap: Tensor = field(default_factory=Tensor)
+    fixed: dict[str, Any] = field(default_factory=dict)
+
+
+class Recorder:
+    """A forward hook that gathers one guided run."""
+
+    def __init__(self, module: Any, family: Family) -> None:
+        self.names, self.family = parameters(module), family
+        self.states: list[tuple[dict[str, Any], Tensor, Tensor]] = []
+        self.waiting: tuple[dict[str, Any], Tensor] | None = None
+
+    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The denoiser was called: one branch, or both in one batch."""
+        inputs = dict(zip(self.names, args, strict=False)) | kwargs
+        prediction = output[0]
+        if self.family.guidance == "batched":
+            batch, cond = len(prediction) // 2, 0 if self.family.cond_first else 1
+            halves = prediction.chunk(2)
+            chosen = slice(cond * batch, (cond + 1) * batch)
+            rows = {name: cut(name, value, 2 * batch, chosen) for name, value in inputs.items()}
+            self.states.append((rows, halves[cond], halves[1 - cond]))
+        elif self.waiting is None:
+            self.waiting = (inputs, prediction)
+        else:
+            self.states.append((*self.waiting, prediction))
+            self.waiting = None
+
+
+def cut(name: str, value: Any, batch: int, chosen: slice) -> Any:
+    """An argument's rows, where it has a row for every sample."""
+    return value[chosen] if _has_rows(name, value, batch) else value
+
+
+def _has_rows(name: str, value: Any, batch: int) -> bool:
+    shared = any(part in name for part in UNBATCHED)
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch and not shared
+
+
+class Trainer:
+    """Adapters of one pipeline's denoiser in training."""
+
+    def __init__(self, model: str, prompts: list[str], plan: Training, work: Path) -> None:
+        self.plan, self.prompts, self.work = plan, prompts, work
+        self.pipe, self.call, _ = load(model, Loading(device="cpu", dtype="fp32"))
+        self.model = model
+        name = "transformer" if getattr(self.pipe, "transformer", None) is not None else "unet"
+        self.module = getattr(self.pipe, name).requires_grad_(False).eval()
+        self.family = registry.family(self.module)
+        if self.family.guidance == "embedded":
+            raise AccelError(
+                f"{type(self.module).__name__} takes the guidance scale as an input: it runs one "
+                "branch already"
+            )
+        self.generator = Generator().manual_seed(plan.seed)
+
+    # --- guided runs of the frozen model -------------------------------------------------------
+
+    def pool(self, say: Callable[[str], None]) -> Pool:
+        """The states of all guided runs; kept on disk for the next time."""
+        file = self.work / "pool.pt"
+        if file.exists():
+            return Pool(**torch.load(file, weights_only=True))
+        calls, parts = self.plan.trajectories // self.plan.batch, []
+        for index in range(calls):
+            parts.append(self._states(index, calls))
+            say(f"guided runs {(index + 1) * self.plan.batch} of {calls * self.plan.batch}")
+        pool = Pool(
+            {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
+            *(torch.cat([getattr(p, kind) for p in parts]) for kind in ("cond", "uncond", "gap")),
+            fixed=parts[0].fixed,
+        )
+        self.work.mkdir(parents=True, exist_ok=True)
+        torch.save(vars(pool), file)
+        return pool
+
+    @torch.no_grad()
+    def _states(self, index: int, calls: int) -> Pool:
+        """The states of one call of the pipeline; its scale is the index-th share of the range."""
+        low, high = self.plan.scales
+        uniform = float(torch.rand((), generator=self.generator))
+        scale = low + (high - low) * (index + uniform) / calls
+        picks = torch.randint(len(self.prompts), (self.plan.batch,), generator=self.generator)
+        steps = int(torch.randint(*STEPS, (), generator=self.generator))
+        recorder = Recorder(self.module, self.family)
+        hook = self.module.register_forward_hook(recorder, with_kwargs=True)
+        try:
+            self.pipe(
+                **self._call(max(scale, 1.01), steps),
+                prompt=[self.prompts[int(pick)] for pick in picks],
+                generator=self.generator,
+            )
+        finally:
+            hook.remove()
+        if not recorder.states:
+            raise AccelError(f"{type(self.pipe).__name__} did not guide: no branches were seen")
+        return _gathered(recorder.states, self.plan.batch)
+
+    def _call(self, scale: float, steps: int) -> dict[str, Any]:
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        true_scale = self.family.guidance == "sequential" and "true_cfg_scale" in accepted
+        call = {**self.call, "num_inference_steps": steps, "output_type": "latent"}
+        call["true_cfg_scale" if true_scale else "guidance_scale"] = scale
+        negative = call.pop("negative_prompt", None)
+        if true_scale or negative is not None:
+            call["negative_prompt"] = [negative or ""] * self.plan.batch
+        return call
+
+    # --- training ------------------------------------------------------------------------------
+
+    def new_adapters(self, pool: Pool) -> Adapters:
+        """Untrained adapters beside the denoiser's attention layers."""
+        torch.manual_seed(self.plan.seed)
+        return Adapters(
+            AdapterConfig(
+                variant=self.plan.variant,  # type: ignore[arg-type]
+                base=type(self.module).__name__,
+                hosts=hosts(self.module, self.family),
+                text_width=pool.inputs[ENCODER].shape[-1],
+                width=self.plan.width,
+                scales=self.plan.scales,
+                time_unit=1.0 if float(pool.inputs["timestep"].max()) <= 1 else 1000.0,
+            )
+        )
+
+    def error(self, adapters: Adapters, pool: Pool, rows: Tensor, scale: Tensor) -> Tensor:
+        """Mean square error of the guided prediction, as a share of what guidance changes."""
+        adapters.guidance = scale
+        inputs = {name: value[rows] for name, value in pool.inputs.items()}
+        found = self.module(**{**pool.fixed, **inputs, "return_dict": False})[0]
+        cond, uncond = pool.cond[rows], pool.uncond[rows]
+        wide = scale.reshape(-1, *[1] * (cond.dim() - 1))
+        errors = (found - uncond - wide * (cond - uncond)).square().flatten(1).mean(1)
+        return (errors / pool.gap[rows]).mean() / self._mean_square()
+
+    def _mean_square(self) -> float:
+        """Mean of (ω − 1)² over the range of scales."""
+        low, high = (scale - 1 for scale in self.plan.scales)
+        return (high**3 - low**3) / (3 * (high - low))
+
+    def train(self, say: Callable[[str], None]) -> tuple[Adapters, dict[str, float]]:
+        """Train, or go on; returns the adapters and what is known about the training."""
+        pool = self.pool(say)
+        held = len(pool.cond) // 16
+        adapters = self.new_adapters(pool)
+        optimiser = torch.optim.AdamW(adapters.parameters(), lr=self.plan.lr, weight_decay=0.0)
+        state = {"step": 0.0, "seconds": 0.0}
+        file = self.work / f"{self.plan.variant}.pt"
+        if file.exists():
+            saved = torch.load(file, weights_only=True)
+            adapters.load_state_dict(saved["adapters"])
+            optimiser.load_state_dict(saved["optimiser"])
+            self.generator.set_state(saved["generator"])
+            state = saved["state"]
+        handle = adapters.attach(self.module, parameters(self.module))
+        try:
+            while state["seconds"] < 60 * self.plan.minutes:
+                began = time.monotonic()
+                self._step(adapters, optimiser, pool, held, state)
+                state["step"] += 1
+                state["seconds"] += time.monotonic() - began
+                if state["step"] % 50 == 0:
+                    self._save(file, adapters, optimiser, state)
+                    state["held_error"] = self._held(adapters, pool, held)
+                    say(" ".join(f"{name} {value:.4g}" for name, value in state.items()))
+            self._save(file, adapters, optimiser, state)
+            state["held_error"] = self._held(adapters, pool, held)
+        finally:
+            handle.remove()
+        return adapters, state
+
+    def _step(
+        self,
+        adapters: Adapters,
+        optimiser: torch.optim.Optimizer,
+        pool: Pool,
+        held: int,
+        state: dict[str, float],
+    ) -> None:
+        """One update on rows of the pool; a row's scale is drawn anew each time."""
+        plan, done = self.plan, state["seconds"] / (60 * self.plan.minutes)
+        warm = min(1.0, (state["step"] + 1) / 50)
+        for group in optimiser.param_groups:
+            group["lr"] = plan.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        rows = torch.randint(held, len(pool.cond), (plan.batch,), generator=self.generator)
+        low, high = plan.scales
+        scale = low + (high - low) * torch.rand(plan.batch, generator=self.generator)
+        loss = self.error(adapters, pool, rows, scale)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        share = 0.98 if state["step"] else 0.0
+        state["error"] = share * state.get("error", 0.0) + (1 - share) * float(loss.detach())
+
+    @torch.no_grad()
+    def _held(self, adapters: Adapters, pool: Pool, held: int) -> float:
+        """The error on states that are not trained on, 64 of them at spread scales."""
+        rows = torch.linspace(0, held - 1, min(held, 64)).long()
+        low, high = self.plan.scales
+        scale = low + (high - low) * (torch.arange(len(rows)) * 0.618 % 1)
+        return float(self.error(adapters, pool, rows, scale))
+
+    def _save(
+        self,
+        file: Path,
+        adapters: Adapters,
+        optimiser: torch.optim.Optimizer,
+        state: dict[str, float],
+    ) -> None:
+        part = file.with_suffix(".part")
+        content = {
+            "adapters": adapters.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "state": state,
+        }
+        torch.save(content, part)
+        part.replace(file)
+
+
+def hosts(module: Any, family: Family) -> dict[str, int]:
+    """Paths and channels of the attention layers that get an adapter.
+
+    Every self- or joint attention; in a U-Net, which has few, every cross-attention too.
+    """
+    kinds = ("self", "fused", *(("cross",) if family.name == "unet" else ()))
+    names = {id(part): name for name, part in module.named_modules()}
+    layers = sublayers(Chain(module, family), "AGD")
+    chosen = [
+        layer.modules[1] if layer.kind == "fused" else layer.modules[0]
+        for layer in layers
+        if layer.kind in kinds
+    ]
+    if not chosen:
+        raise AccelError(f"AGD: {type(module).__name__} has no attention layers that are known")
+    return {names[id(attention)]: width_of(attention) for attention in chosen}
+
+
+def _gathered(states: list[tuple[dict[str, Any], Tensor, Tensor]], batch: int) -> Pool:
+    """One call's states as a pool; scalar timesteps become one for each row."""
+    first = states[0][0]
+    rows = [name for name, value in first.items() if _has_rows(name, value, batch)]
+    inputs = {name: torch.cat([state[0][name] for state in states]) for name in rows}
+    times = [torch.as_tensor(state[0]["timestep"]).expand(batch) for state in states]
+    inputs["timestep"] = torch.cat(times).float()
+    gaps = [(cond - uncond).square().mean().expand(batch) for _, cond, uncond in states]
+    return Pool(
+        inputs=inputs,
+        cond=torch.cat([state[1] for state in states]),
+        uncond=torch.cat([state[2] for state in states]),
+        gap=torch.cat(gaps),
+        fixed={name: value for name, value in first.items() if name not in inputs},
+    )
+
+
+def train(
+    model: str,
+    prompts: Path,
+    output: Path,
+    plan: Training,
+    say: Callable[[str], None],
+    work: Path | None = None,
+) -> dict[str, Any]:
+    """Train adapters for `model` on a prompt file and write them to `output`."""
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise AccelError(f"--prompts {prompts}: cannot be read ({error.strerror})") from error
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise AccelError(f"--prompts {prompts}: holds no prompt")
+    trainer = Trainer(model, lines, plan, work or output / "work")
+    adapters, state = trainer.train(say)
+    notes = {"model": model, **asdict(plan), "prompts": prompts.name, **state}
+    adapters.save(output, notes)
+    parameters_count = sum(value.numel() for value in adapters.parameters())
+    return {"output": str(output), "parameters": parameters_count, **state}

@@ -1,0 +1,261 @@
+"""Small networks beside a frozen denoiser's attention layers that make one branch do guidance.
+
+Perez Jensen and Sadat, "Adapter Guidance Distillation" (AGD), 2025. `Adapters` are attached by
+hooks: no module is replaced and no weight of the host is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from accel.family import ENCODER, HIDDEN, Arguments
+from accel.method import AccelError, Handle
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
+VARIANTS = ("cross", "offset")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter file is for.
+
+    `hosts`: path of each attention layer in the denoiser and its channels. `scales`: guidance
+    scales that it was trained for. `time_unit`: the denoiser's timestep argument at full noise.
+    """
+
+    variant: Literal["cross", "offset"]
+    base: str
+    hosts: dict[str, int]
+    text_width: int
+    width: int = 64
+    scales: tuple[float, float] = (1.0, 8.0)
+    time_unit: float = 1000.0
+
+
+class ScalarEncoder(nn.Module):
+    """LN(MLP(cos 2π(f·s + φ))) of scalars (b,) → (b, width); f and φ are fixed and saved."""
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self, width: int, spread: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", spread * torch.randn(width))
+        self.register_buffer("phases", torch.rand(width))
+        self.layers = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.LayerNorm(width)
+        )
+
+    def forward(self, scalars: Tensor) -> Tensor:
+        """Encode scalars (b,) as (b, width)."""
+        waves = torch.cos(2 * math.pi * (scalars[:, None] * self.frequencies + self.phases))
+        encoded: Tensor = self.layers(waves)
+        return encoded
+
+
+class CrossHosts(nn.Module):
+    """W_o·Attn(W_q x, W_k E, W_v E) for hosts of equal channels; W_o starts at zero.
+
+    The products with E do not depend on x and are made once a forward for all hosts.
+    """
+
+    def __init__(self, hosts: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(hosts, channels, width) * channels**-0.5)
+        self.key = nn.Parameter(torch.randn(hosts, width, width) * width**-0.5)
+        self.value = nn.Parameter(torch.randn(hosts, width, width) * width**-0.5)
+        self.out = nn.Parameter(torch.zeros(hosts, width, channels))
+
+    def condition(self, tokens: Tensor) -> list[tuple[Tensor, ...]]:
+        """For every host, from E (b, length, width): (b, channels, length) and its transpose's."""
+        keys = tokens @ (self.query @ self.key.mT / tokens.shape[-1] ** 0.5)[:, None].mT
+        values = tokens @ (self.value @ self.out)[:, None]
+        return list(zip(keys.mT, values, strict=True))
+
+    @staticmethod
+    def apply_to(hidden: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        """What is added to a host's output for its input (b, tokens, channels)."""
+        keys, values = condition
+        return (hidden @ keys).softmax(-1) @ values
+
+
+class OffsetHosts(nn.Module):
+    """W_2·LN(ReLU(W_1 e)), one vector for all tokens, for equal channels; W_2 from zero."""
+
+    def __init__(self, hosts: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(hosts, width, width) * (2 / width) ** 0.5)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Parameter(torch.zeros(hosts, width, channels))
+
+    def condition(self, tokens: Tensor) -> list[tuple[Tensor, ...]]:
+        """For every host, from E (b, length, width): (b, 1, channels)."""
+        vector = tokens[:, 0] + tokens[:, 1] + tokens[:, 2:].mean(1)
+        offsets = self.norm((vector @ self.first).relu()) @ self.out
+        return [(offset[:, None],) for offset in offsets]
+
+    @staticmethod
+    def apply_to(hidden: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
+        """What is added to a host's output."""
+        return condition[0]
+
+
+class Adapters(nn.Module):
+    """All adapters of one denoiser and the encoder of guidance scale, timestep and text they share.
+
+    Differs from the paper: one encoder for all hosts and one of the timestep of its own, so that
+    they run once a forward and need nothing of the host; and what is added is multiplied by
+    (ω − 1) over its largest value, because guidance is linear in ω − 1 and nothing at ω = 1.
+    """
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.scale_encoder = ScalarEncoder(width, spread=1.0)
+        self.time_encoder = ScalarEncoder(width, spread=2.0)
+        self.text = nn.Linear(config.text_width, width)
+        kind = CrossHosts if config.variant == "cross" else OffsetHosts
+        self.paths = _by_channels(config.hosts)
+        self.groups = nn.ModuleDict(
+            {str(size): kind(len(paths), size, width) for size, paths in self.paths.items()}
+        )
+        self.apply_to = kind.apply_to
+        self.guidance: Tensor | float = 1.0
+        """Guidance scale ω of the forwards to come, or one for each row (b,)."""
+        self._conditions: dict[str, tuple[Tensor, ...]] = {}
+
+    # --- the work of a forward -----------------------------------------------------------------
+
+    def condition(self, timestep: Tensor, text: Tensor) -> None:
+        """Encode what a forward is conditioned on: timestep () or (b,), text (b, length, width)."""
+        batch, like = len(text), self.text.weight
+        text = text.to(like.dtype)
+        scale = torch.as_tensor(self.guidance, device=like.device, dtype=like.dtype).expand(batch)
+        time = timestep.to(like.device, like.dtype).expand(batch) / self.config.time_unit
+        high = self.config.scales[1]
+        scalars = (self.scale_encoder(scale / high), self.time_encoder(time))
+        tokens = torch.cat((torch.stack(scalars, 1), self.text(text)), 1)
+        tokens = tokens + _positions(tokens.shape[1], tokens.shape[2]).to(tokens)
+        gain = ((scale - 1) / (high - 1))[:, None, None]
+        for size, paths in self.paths.items():
+            found = self.groups[str(size)].condition(tokens)  # type: ignore[operator]
+            for path, (*rest, last) in zip(paths, found, strict=True):
+                self._conditions[path] = (*rest, last * gain)
+
+    def add(self, path: str, hidden: Tensor, output: Any) -> Any:
+        """A host's output with the adapter's, on the first stream where a host returns several."""
+        first = output[0] if isinstance(output, tuple) else output
+        condition = tuple(each.to(hidden.dtype) for each in self._conditions[path])
+        first = first + self.apply_to(hidden, condition)
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    # --- attaching -----------------------------------------------------------------------------
+
+    def attach(self, denoiser: Any, names: tuple[str, ...]) -> Handle:
+        """Hook into a denoiser whose forward takes arguments `names`; raises for another base."""
+        modules = dict(denoiser.named_modules())
+        self._check(type(denoiser).__name__, modules)
+
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = Arguments(names, args, kwargs)
+            self.condition(torch.as_tensor(arguments.get("timestep")), arguments.get(ENCODER))
+
+        hooks = [denoiser.register_forward_pre_hook(before, with_kwargs=True)]
+        hooks += [
+            modules[path].register_forward_hook(_Addition(self, path), with_kwargs=True)
+            for path in self.config.hosts
+        ]
+
+        def undo() -> None:
+            for hook in hooks:
+                hook.remove()
+            self._conditions = {}
+
+        return Handle(undo)
+
+    def _check(self, base: str, modules: dict[str, Any]) -> None:
+        known = self.config
+        missing = [path for path in known.hosts if path not in modules]
+        if base != known.base or missing:
+            raise AccelError(
+                f"these adapters are for a {known.base} with {len(known.hosts)} hosts; this {base} "
+                f"lacks {len(missing)} of them" + (f", first {missing[0]!r}" if missing else "")
+            )
+        found = {path: width_of(modules[path]) for path in known.hosts}
+        if found != known.hosts:
+            path = next(path for path in found if found[path] != known.hosts[path])
+            raise AccelError(
+                f"these adapters are for a {known.base} whose {path!r} has {known.hosts[path]} "
+                f"channels; here it has {found[path]}: they belong to another base"
+            )
+
+    # --- files ---------------------------------------------------------------------------------
+
+    def save(self, folder: Path, notes: dict[str, Any]) -> None:
+        """Write weights in half precision and the configuration, with `notes` on the training."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS)
+        content = {**asdict(self.config), "training": notes}
+        (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Adapters:
+        """Adapters that `save` wrote, in fp32; raises `AccelError` for any other folder."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            content.pop("training", None)
+            config = AdapterConfig(**{**content, "scales": tuple(content["scales"])})
+            adapters = cls(config)
+            adapters.load_state_dict(load_file(folder / WEIGHTS))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise AccelError(
+                f"{folder}: no adapters can be loaded ({reason}); a folder with {CONFIG} and "
+                f"{WEIGHTS} as `accel adapters train` writes them is accepted"
+            ) from error
+        return adapters.requires_grad_(False).eval()
+
+
+class _Addition:
+    """The forward hook of one host."""
+
+    def __init__(self, adapters: Adapters, path: str) -> None:
+        self.adapters, self.path = adapters, path
+
+    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        hidden = args[0] if args else kwargs[HIDDEN]
+        return self.adapters.add(self.path, hidden, output)
+
+
+def width_of(attention: Any) -> int:
+    """Channels that an attention layer takes; a LoRA around its query changes nothing."""
+    query = getattr(attention, "to_q", None)
+    return int(getattr(query, "in_features", 0))
+
+
+def _by_channels(hosts: dict[str, int]) -> dict[int, list[str]]:
+    groups: dict[int, list[str]] = {}
+    for path, channels in hosts.items():
+        groups.setdefault(channels, []).append(path)
+    return groups
+
+
+def _positions(length: int, width: int) -> Tensor:
+    """Sinusoidal positions with period 10000, (length, width)."""
+    rates = 10000 ** (-torch.arange(0, width, 2) / width)
+    angles = torch.arange(length)[:, None] * rates
+    return torch.cat((angles.sin(), angles.cos()), 1)[:, :width]

@@ -1,0 +1,97 @@
+"""AGD: adapters beside the attention layers make one branch predict what guidance makes of two."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from accel.adapters import Adapters
+from accel.denoiser import Denoiser
+from accel.guidance import GuidanceContext, guide
+from accel.hooks import is_compiled_whole
+from accel.method import AccelError, Handle, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AGD:
+    """Run the conditional branch alone, with adapters that know the guidance scale.
+
+    Perez Jensen and Sadat, "Adapter Guidance Distillation", TMLR 2025. `adapters` is a folder that
+    `accel adapters train` wrote; None is `adapters/agd` beside the model's weights, which the zoo's
+    models have. The pipeline's own guidance scale goes to the adapters at each run, so scales keep
+    their meaning; what they return stands for both branches, so the pipeline's arithmetic leaves it
+    alone. Negative prompts do not act: the one of the training is baked in. Raises `AccelError` for
+    adapters of another base and for models that take the scale as an input.
+
+    Differs from the paper: `accel.adapters.Adapters` says how. Static: rows of a batch are
+    independent. Holds the adapters' weights.
+    """
+
+    slot: ClassVar[str] = "guidance"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+
+    adapters: str | None = None
+
+    def __post_init__(self) -> None:
+        accepted = self.adapters is None or isinstance(self.adapters, str)
+        check(accepted, self, "adapters", "None or the path of a folder")
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to the denoiser's attention layers and its guidance branches."""
+        if is_compiled_whole(denoiser.module):
+            raise AccelError(
+                f"AGD hooks into attention layers, but {denoiser.name} was compiled as a whole; "
+                f"use pipe.{denoiser.name}.compile_repeated_blocks() instead"
+            )
+        if denoiser.name == "transformer_2":
+            raise AccelError("AGD adapters are for one denoiser; this pipeline has two")
+        adapters = Adapters.load(_folder(self.adapters, denoiser.module))
+        adapters.to(denoiser.module.device)
+        branches = guide(denoiser, lambda: _OneBranch(denoiser, adapters), "AGD")
+        try:
+            hooks = adapters.attach(denoiser.module, denoiser.names)
+        except BaseException:
+            branches.remove()
+            raise
+        return Handle.together([branches, hooks])
+
+
+class _OneBranch:
+    def __init__(self, denoiser: Denoiser, adapters: Adapters) -> None:
+        self.adapters, call = adapters, denoiser.clock.call
+        scale = float(call.get("true_cfg_scale") or call.get("guidance_scale") or 1.0)
+        low, high = adapters.config.scales
+        if not low <= scale <= high and call:
+            logger.warning("AGD: trained for scales %g to %g; %g extrapolates", low, high, scale)
+        adapters.guidance = scale
+
+    def begin(self, context: GuidanceContext) -> str:
+        return "cond"
+
+    def full(self, context: GuidanceContext, cond: Tensor, uncond: Tensor) -> Tensor:
+        return uncond  # never asked: no step is full
+
+    def substitute(self, context: GuidanceContext, cond: Tensor) -> Tensor:
+        return cond
+
+
+def _folder(given: str | None, module: Any) -> Path:
+    """Where the adapters lie: where the user says, or beside the denoiser's weights."""
+    if given is not None:
+        return Path(given)
+    origin = getattr(module.config, "_name_or_path", None)
+    found = Path(os.fspath(origin)).parent / "adapters" / "agd" if origin else None
+    if found is None or not found.is_dir():
+        raise AccelError(
+            "AGD: this model has no folder adapters/agd beside its weights; train adapters with "
+            "`accel adapters train -m MODEL --prompts FILE -o FOLDER` and give AGD(adapters=FOLDER)"
+        )
+    return found
