@@ -41,12 +41,15 @@ _ASSEMBLY = {
 }
 
 __all__ = [
+    "AGD",
     "BAC",
     "FORA",
+    "RCFG",
     "AccelError",
     "AdaCache",
     "AdaptiveGuidance",
     "Aligned",
+    "Attention",
     "BlockCaching",
     "CachedMultiLoRA",
     "CfgCache",
@@ -67,6 +70,7 @@ __all__ = [
     "GuidanceInterval",
     "HiCache",
     "HoldResidual",
+    "LinearAG",
     "MagCache",
     "Newton",
     "Patch",
@@ -78,6 +82,7 @@ __all__ = [
     "SmoothCache",
     "SpeCa",
     "Spectrum",
+    "SpeedUpNet",
     "StepMask",
     "TGate",
     "Taylor",

@@ -43,8 +43,13 @@ METHODS: dict[str, str] = {
     "cfgcache": "accel.samplers.cfg_cache:CfgCache",
     "cfgzerostar": "accel.samplers.cfg_zero_star:CfgZeroStar",
     "tgate": "accel.samplers.t_gate:TGate",
+    "agd": "accel.samplers.agd:AGD",
+    "rcfg": "accel.samplers.r_cfg:RCFG",
+    "linearag": "accel.samplers.adaptive_guidance:LinearAG",
     "cachedmultilora": "accel.caches.cached_multi_lora:CachedMultiLoRA",
     "clusca": "accel.caches.clus_ca:ClusCa",
+    "speedupnet": "accel.samplers.speed_up_net:SpeedUpNet",
+    "attention": "accel.kernels.attention:Attention",
 }
 
 APPROXIMATORS: dict[str, str] = {

@@ -72,8 +72,10 @@ IDENTITY: dict[str, Any] = {
     "clusca": {"interval": 1},
 }
 OTHER_SLOTS = {
-    *("textcache", "tokenmerging", "cachedmultilora"),
+    *("textcache", "tokenmerging", "cachedmultilora", "attention"),
     *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval", "tgate"),
+    *("agd", "rcfg", "linearag"),
+    "speedupnet",
 }
 """Methods that skip no part of the denoiser; they have tests of their own."""
 METHODS = [name for name in registry.METHODS if name not in OTHER_SLOTS]

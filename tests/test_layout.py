@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 PARTS = ("caches", "samplers", "kernels", "pipelines")
 CONTRACTS = {
     *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
-    *("block_calls", "geometry", "guard", "guidance", "model_calls", "sublayer"),
+    *("block_calls", "geometry", "guard", "guidance", "adapters", "model_calls", "sublayer"),
+    *("layout", "noise_levels", "staging", "transitions"),
+    "attention_calls",
 }
 SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
 
