@@ -63,6 +63,8 @@ class Denoiser:
         self.rows: list[StepRow] = []
         self.memory_bytes = 0
         self._between: Callable[..., Any] | None = None
+        self.outside: Callable[..., Any] | None = None
+        """`outside(call, args, kwargs)` stands before everything else: stages change sizes."""
         self.budget: int | None = None
         """The most bytes that caches may hold; checked after the first step."""
         self.first_call: Callable[[int], None] = lambda latents: None
@@ -297,9 +299,8 @@ class Denoiser:
             latent = Arguments(self.names, args, kwargs).get(self.family.latent)
             self.first_call(latent[0].numel())
         run = partial(self._run_branch, original)
-        return (
-            run(None, args, kwargs) if self._between is None else self._between(run, args, kwargs)
-        )
+        call = partial(self._between, run) if self._between is not None else partial(run, None)
+        return call(args, kwargs) if self.outside is None else self.outside(call, args, kwargs)
 
     def _run_branch(
         self,

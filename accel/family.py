@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from accel.method import AccelError
+
+if TYPE_CHECKING:
+    from accel.layout import Layout
 
 HIDDEN = "hidden_states"
 ENCODER = "encoder_hidden_states"
@@ -79,7 +82,10 @@ class Family:
     U-Net's chain that lie inside each skip connection, outermost first. `grid(arguments)`: frames,
     rows and columns of tokens, where the latent's shape does not tell; `frames_first`: latents are
     (batch, frames, channels, height, width); `packed`: latent pixels a side that a token's channels
-    hold; `cond_first`: batched guidance puts the conditional half first.
+    hold; `cond_first`: batched guidance puts the conditional half first. `resized(arguments,
+    layout)`: arguments, other than the latent, that must change when only the live places of a
+    `Layout` are computed; None where that is not known. `coordinates`: tokens carry coordinates, so
+    that any set of them can be computed.
     """
 
     name: str
@@ -95,6 +101,8 @@ class Family:
     frames_first: bool = False
     packed: int = 1
     cond_first: bool = False
+    resized: Callable[[Arguments, Layout], dict[str, Any]] | None = None
+    coordinates: bool = False
 
     def chain(self, denoiser: Any) -> list[tuple[Any, Stack]]:
         """The blocks in calling order, each with its stack."""
@@ -106,6 +114,11 @@ class Family:
         if self.interleaved:
             return [entry for group in zip(*lists, strict=True) for entry in group]
         return [entry for blocks in lists for entry in blocks]
+
+
+def by_shape(arguments: Arguments, layout: Layout) -> dict[str, Any]:
+    """`Family.resized` of a denoiser that sees its size by the latent's shape."""
+    return {}
 
 
 _LIST_NAMES = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")

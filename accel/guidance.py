@@ -68,7 +68,14 @@ def guide(denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str)
             f"{method}: {type(denoiser.module).__name__} takes the guidance scale as an input and "
             "has no unconditional branch to leave out"
         )
-    return denoiser.between(_Branches(denoiser, policy, method).call, method)
+    branches = _Branches(denoiser, policy, method)
+    denoiser.forgetting.append(branches.restart)
+    forgotten = Handle(lambda: denoiser.forgetting.remove(branches.restart))
+    try:
+        return Handle.together([forgotten, denoiser.between(branches.call, method)])
+    except BaseException:
+        forgotten.remove()
+        raise
 
 
 class _Branches:
@@ -85,6 +92,10 @@ class _Branches:
         self.calls = 0
         self.unguided: tuple[int, int] | None = None
         self.doubled = False
+
+    def restart(self) -> None:
+        """What the policy remembers is of another run, or of another size."""
+        self.run = -1
 
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pipeline calls the denoiser; `run(branch, args, kwargs)` really does."""

@@ -180,7 +180,7 @@ class Patch:
             self._clock.call = call_arguments(original, args, kwargs)
             measuring = any(getattr(each, "unmeasured", False) for each in self._attached)
             try:
-                with self._stages(original, args, kwargs):
+                with self._stages():
                     result = original(*args, **kwargs)
                 if not measuring:
                     self._say_when_idle()
@@ -191,12 +191,12 @@ class Patch:
                 for denoiser in self._denoisers:
                     denoiser.forget()
 
-    def _stages(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _stages(self) -> Any:
         """Around a call whose sampling a method makes in stages."""
         staging = self._clock.staging
         if staging is None:
             return contextlib.nullcontext()
-        return staging.running(self._pipe, call, args, kwargs)
+        return staging.running(self._pipe, self._clock.call.get("generator"))
 
     def _say_when_idle(self) -> None:
         """A run in which a cache never acted is said loudly."""

@@ -1,12 +1,24 @@
 """FLUX.1: joint-attention blocks, then single-stream blocks; both return (text, image)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from accel.family import ENCODER, HIDDEN, Arguments, Family, Stack, modulated_input
+
+if TYPE_CHECKING:
+    from accel.layout import Layout
 
 
 def grid(arguments: Arguments) -> tuple[int, int, int]:
     """From the coordinates of the image tokens, (tokens, 3): the last row and column."""
     rows, columns = arguments.get("img_ids").reshape(-1, 3)[-1, 1:].tolist()
     return (1, int(rows) + 1, int(columns) + 1)
+
+
+def resized(arguments: Arguments, layout: Layout) -> dict[str, Any]:
+    """Image coordinates (tokens, 3) of the live tokens."""
+    return {"img_ids": layout.coordinates(arguments.get("img_ids"))}
 
 
 FAMILY = Family(
@@ -19,4 +31,6 @@ FAMILY = Family(
     observer=modulated_input,
     grid=grid,
     packed=2,
+    resized=resized,
+    coordinates=True,
 )

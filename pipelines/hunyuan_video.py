@@ -1,6 +1,6 @@
 """HunyuanVideo: joint-attention blocks, then single-stream blocks; both return (video, text)."""
 
-from accel.family import ENCODER, HIDDEN, Family, Stack, modulated_input
+from accel.family import ENCODER, HIDDEN, Family, Stack, by_shape, modulated_input
 
 FAMILY = Family(
     name="hunyuan_video",
@@ -10,4 +10,5 @@ FAMILY = Family(
     ),
     guidance="sequential",
     observer=modulated_input,
+    resized=by_shape,
 )

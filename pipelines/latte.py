@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from accel.family import Family, Stack, time_embedding
+from accel.family import Family, Stack, by_shape, time_embedding
 
 
 def to_temporal(spatial: Any, like: Any) -> Any:
@@ -20,4 +20,5 @@ FAMILY = Family(
     observer=time_embedding("timestep"),
     interleaved=True,
     relayout=to_temporal,
+    resized=by_shape,
 )

@@ -3,7 +3,7 @@
 from itertools import zip_longest
 from typing import Any
 
-from accel.family import Family, Stack
+from accel.family import Family, Stack, by_shape
 
 RESNET = Stack("resnets", hidden="input_tensor", reshapes=True)
 ATTENTION = Stack("attentions", wrapped=True)
@@ -75,4 +75,4 @@ def spans(unet: Any) -> list[tuple[int, int]]:
     ]
 
 
-FAMILY = Family(name="unet", latent="sample", blocks=layers, spans=spans)
+FAMILY = Family(name="unet", latent="sample", blocks=layers, spans=spans, resized=by_shape)

@@ -1,0 +1,173 @@
+"""Which places of the full-size latent a stage computes, and where in a tensor those places lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from accel.family import Arguments, Family
+from accel.geometry import Grid, token_grid
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The live places of a full grid, numbered frame by frame, row by row.
+
+    `pick` (live,) says for each live place one full place, `spread` (full,) for each full place the
+    live one that stands for it, so that taking `pick` after `spread` changes nothing. `grid` is the
+    live places' own grid; None where they form none. `positions`: "native" gives the live grid the
+    coordinates that a picture of its size would have, "spread" those of the middle of the places
+    that it stands for.
+    """
+
+    full: Grid
+    grid: Grid | None
+    pick: Tensor = field(repr=False)
+    spread: Tensor = field(repr=False)
+    positions: str = "native"
+
+    @classmethod
+    def resized(cls, full: Grid, live: Grid, positions: str = "native") -> Layout:
+        """A smaller grid: each full place belongs to the nearest live one."""
+        lines = [torch.arange(n) * small // n for n, small in zip(full, live, strict=True)]
+        firsts = [-(-torch.arange(small) * n // small) for n, small in zip(full, live, strict=True)]
+        return cls(full, live, _flat(firsts, full), _flat(lines, live), positions)
+
+    @classmethod
+    def frames(cls, full: Grid, kept: Tensor, source: Tensor) -> Layout:
+        """Whole frames: `kept` (live,) are computed; frame i is shown by live frame `source[i]`."""
+        live = (len(kept), full[1], full[2])
+        line, row = torch.arange(full[1]), torch.arange(full[2])
+        pick = _flat([kept, line, row], full)
+        return cls(full, live, pick, _flat([source, line, row], live))
+
+    @classmethod
+    def mixed(cls, coarse: Layout, chosen: Tensor) -> Layout:
+        """`coarse`, with the places in its `chosen` (live,) ones computed one by one.
+
+        The live places are the coarse ones that stay, in order, then the fine ones, those of one
+        coarse place one after another.
+        """
+        if bool(chosen.all()):
+            return cls.resized(coarse.full, coarse.full, coarse.positions)
+        stay = (~chosen).nonzero().flatten()
+        fine = chosen[coarse.spread].nonzero().flatten()
+        fine = fine[coarse.spread[fine].sort(stable=True).indices]
+        spread = torch.zeros(len(chosen), dtype=torch.long)
+        spread[stay] = torch.arange(len(stay))
+        spread = spread[coarse.spread]
+        spread[fine] = len(stay) + torch.arange(len(fine))
+        pick = torch.cat((coarse.pick[stay], fine))
+        return cls(coarse.full, None, pick, spread, coarse.positions)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every place is live."""
+        return len(self.pick) == len(self.spread)
+
+    def parents(self, coarser: Layout) -> Tensor:
+        """For each live place the one of `coarser` that it lies in, (live,)."""
+        return coarser.spread[self.pick]
+
+    def coordinates(self, full: Tensor) -> Tensor:
+        """Coordinates of the live places from those of all places, (full, axes)."""
+        pick, spread = self.pick.to(full.device), self.spread.to(full.device)
+        if self.positions == "spread":
+            sums = full.new_zeros(len(pick), full.shape[1]).index_add_(0, spread, full)
+            return sums / torch.bincount(spread)[:, None]
+        if self.grid is None:
+            return full[pick] / 2
+        corner = _flat([torch.arange(count) for count in self.grid], self.full)
+        return full[corner.to(full.device)]
+
+
+def _flat(lines: list[Tensor], grid: Grid) -> Tensor:
+    frames, rows, columns = lines
+    cells = (frames[:, None, None] * grid[1] + rows[None, :, None]) * grid[2] + columns
+    return cells.flatten()
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a family's latents hold the places: packed tokens, or a grid of pixels.
+
+    Packed: (batch, places, channels), a token holding `patch`² latent pixels in its channels.
+    Otherwise (batch, channels, [frames,] rows, columns), or frames first.
+    """
+
+    packed: bool
+    patch: int = 1
+    frames_first: bool = False
+    flat: bool = False
+    """Whether there is no axis of frames."""
+
+    @classmethod
+    def of(cls, family: Family, latent: Tensor) -> Form:
+        """Of a family's denoiser, called with `latent`."""
+        if latent.dim() == 3:
+            return cls(packed=True, patch=family.packed)
+        return cls(False, frames_first=family.frames_first, flat=latent.dim() == 4)
+
+    def grid(self, module: Any, family: Family, arguments: Arguments) -> Grid:
+        """Places of a call's latent: tokens where packed, else latent pixels."""
+        if self.packed:
+            return token_grid(module, family, arguments)
+        shape = arguments.get(family.latent).shape
+        frames = 1 if self.flat else shape[1 if self.frames_first else 2]
+        return (frames, shape[-2], shape[-1])
+
+    @property
+    def axis(self) -> int:
+        """The axis of places in what `places` gives."""
+        return 1 if self.packed else 2
+
+    def places(self, x: Tensor) -> Tensor:
+        """(batch, places, channels), or (batch, channels, places) where not packed."""
+        if self.packed:
+            return x
+        return (x.transpose(1, 2) if self.frames_first else x).flatten(2)
+
+    def shaped(self, places: Tensor, grid: Grid | None) -> Tensor:
+        """The inverse of `places` for a grid."""
+        if self.packed:
+            return places
+        assert grid is not None  # only packed tokens may form no grid
+        if self.flat:
+            return places.unflatten(2, grid[1:])
+        x = places.unflatten(2, grid)
+        return x.transpose(1, 2) if self.frames_first else x
+
+    def take(self, x: Tensor, layout: Layout) -> Tensor:
+        """The live part of a full-size tensor."""
+        if layout.whole:
+            return x
+        live = self.places(x).index_select(self.axis, layout.pick.to(x.device))
+        return self.shaped(live, layout.grid)
+
+    def put(self, live: Tensor, layout: Layout) -> Tensor:
+        """A full-size tensor that shows the live part: its places repeated."""
+        if layout.whole:
+            return live
+        full = self.places(live).index_select(self.axis, layout.spread.to(live.device))
+        return self.shaped(full, layout.full)
+
+    def planes(self, x: Tensor, grid: Grid) -> Tensor:
+        """(batch, channels, frames, rows, columns) of latent pixels."""
+        if not self.packed:
+            return self.places(x).unflatten(2, grid)
+        cells = x.unflatten(2, (-1, self.patch, self.patch)).unflatten(1, grid)
+        return cells.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+
+    def tokens(self, planes: Tensor) -> Tensor:
+        """The inverse of `planes`."""
+        if not self.packed:
+            return self.shaped(planes.flatten(2), (planes.shape[2], *planes.shape[3:]))
+        cells = planes.unflatten(4, (-1, self.patch)).unflatten(3, (-1, self.patch))
+        return cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)

@@ -1,0 +1,56 @@
+"""Progressive: from small to full size, each stage from the clean estimate of the one before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from accel.denoiser import Denoiser
+from accel.method import Handle, check, is_number
+from accel.noise_levels import NoiseLevels
+from accel.staging import Crossing, Stage, check_plan, plan, stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from accel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Sample the first steps at small sizes; the rule of Jenga's ProRes (Zhang et al., 2025).
+
+    `scales` of rows and columns and `shares` of the steps, stage by stage; the last scale is 1. At
+    a change of size the clean estimate is resized and made noisy again with fresh noise, `renoise`
+    times the noise-to-signal ratio that was reached. `gain` multiplies each further stage's
+    timestep shift (flow matching), beside the factor √(share of tokens). `positions`: see `Layout`;
+    "native" is what models know that were trained at several sizes.
+    """
+
+    slot: ClassVar[str] = "size"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = ({"shares": (0.3, 0.7)}, {}, {"renoise": 2.0})
+
+    scales: tuple[float, ...] = (0.5, 1.0)
+    shares: tuple[float, ...] = (0.5, 0.5)
+    renoise: float = 1.0
+    gain: float = 1.0
+    positions: str = "native"
+
+    def __post_init__(self) -> None:
+        check_plan(self, self.scales, self.shares)
+        for name in ("renoise", "gain"):
+            value = getattr(self, name)
+            check(is_number(value) and value > 0, self, name, "a number above 0")
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to a denoiser whose family can take other sizes."""
+        return stage(denoiser, self, self.positions)
+
+    def stages(self, levels: NoiseLevels) -> list[Stage]:
+        """Each stage ends where its steps would end in the untouched run."""
+        factors = [self.renoise] * (len(self.scales) - 1)
+        return plan(levels, self.scales, self.shares, factors, self.gain)
+
+    def cross(self, crossing: Crossing) -> tuple[Layout, Tensor]:
+        """The clean estimate resized."""
+        return crossing.resized(self.positions)
