@@ -105,7 +105,7 @@ class Bench:
     def _quality(self, made: list[NDArray[np.uint8]]) -> dict[str, Any]:
         values: dict[str, list[float]] = {"psnr": [], "ssim_gaussian11": [], "feature_distance": []}
         for fast, slow in zip(made, self.untouched, strict=True):
-            a, b = _pictures(fast), _pictures(slow)
+            a, b = pictures(fast), pictures(slow)
             values["psnr"].append(min(metrics.psnr(a, b), 100.0))
             values["ssim_gaussian11"].append(metrics.ssim(a, b))
             stride = FRAME_STRIDE if len(a) > 1 else 1
@@ -294,7 +294,8 @@ def _label(settings: Any) -> str:
     return f"{type(settings).__name__}({', '.join(shown)})"
 
 
-def _pictures(array: NDArray[np.uint8]) -> torch.Tensor:
+def pictures(array: NDArray[np.uint8]) -> torch.Tensor:
+    """A picture or the frames of a video as (n, 3, height, width) in [0, 1]."""
     flat = torch.from_numpy(array).reshape(-1, *array.shape[-3:])
     return flat.permute(0, 3, 1, 2).float() / 255
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from accel import recipe_cli
+from accel import recipe_cli, report_cli
 from accel.method import AccelError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 
 app.add_typer(recipe_cli.app, name="recipe")
+app.command()(report_cli.report)
 
 
 class Format(str, Enum):
@@ -30,6 +32,13 @@ class Format(str, Enum):
 
     human = "human"
     json = "json"
+
+
+class OnError(str, Enum):
+    """What a failed item does to a batch."""
+
+    go_on = "continue"
+    stop = "stop"
 
 
 Model = Annotated[str, typer.Option("-m", "--model", help="zoo:NAME, a folder or a repository")]
@@ -147,11 +156,121 @@ def doctor(output_format: Output = Format.human) -> None:
 
 
 @app.command()
-def show(file: Path, output_format: Output = Format.human) -> None:
-    """Print the metadata of a picture or video that accel wrote."""
-    from accel.media import read_metadata
+def demo(
+    model: Annotated[
+        list[str] | None, typer.Option("-m", "--model", help="offered beside the zoo, repeatable")
+    ] = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="the first free one from 7860 on")] = None,
+    auth: Annotated[
+        Path | None, typer.Option(help="file of user:password lines; needed for other hosts")
+    ] = None,
+    queue_size: Annotated[int, typer.Option(min=1, help="visitors who may wait")] = 8,
+    pipeline_kwargs: Annotated[str, typer.Option(help="more arguments of the calls, JSON")] = "{}",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    device: Annotated[str, typer.Option()] = "auto",
+    cpu_offload: Annotated[str | None, typer.Option(help="model or group")] = None,
+) -> None:
+    """Open a page in the browser: generate, compare, see what is reused."""
+    from accel import demo_server
+    from accel.loading import Loading
 
-    _print(read_metadata(file), output_format)
+    options = demo_server.Options(
+        models=tuple(model or []),
+        host=host,
+        port=port,
+        auth=demo_server.read_auth(auth) if auth is not None else (),
+        queue_size=queue_size,
+        extra=_object(pipeline_kwargs, "--pipeline-kwargs"),
+        loading=Loading(dtype=dtype, device=device, cpu_offload=cpu_offload),
+    )
+    demo_server.serve(options)
+
+
+@app.command()
+def batch(
+    prompts: Annotated[str, typer.Argument(help=".txt, .jsonl or .csv, or - for standard input")],
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="folder")] = Path("out"),
+    negative_prompt: Annotated[str | None, typer.Option()] = None,
+    steps: Steps = None,
+    guidance_scale: Annotated[float | None, typer.Option()] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1)] = None,
+    fps: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of item 0; item i gets seed + i")] = 0,
+    seeds: Annotated[str | None, typer.Option(help="every prompt with each, e.g. 0-3,7")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="prompts in one call")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first items")] = None,
+    shard: Annotated[str | None, typer.Option(help="i/n: part i of n")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--overwrite", help="keep finished files, or redo all")
+    ] = True,
+    retry: Annotated[int, typer.Option(min=0, help="more tries for an item")] = 0,
+    on_error: Annotated[OnError, typer.Option()] = OnError.go_on,
+    oom_fallback: Annotated[
+        bool, typer.Option("--oom-fallback", help="smaller batch, VAE tiling, offload")
+    ] = False,
+    name_template: Annotated[str, typer.Option()] = "{index:05d}_{seed}_{slug}",
+    vbench_names: Annotated[bool, typer.Option("--vbench-names", help="PROMPT-i.mp4")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the files only")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="processes or Ray actors")] = 1,
+    gpus: Annotated[str | None, typer.Option(help="all, or numbers with commas")] = None,
+    ray: Annotated[str | None, typer.Option(help="a cluster's address, or local")] = None,
+    deadline: Annotated[float | None, typer.Option(help="seconds; see --prices")] = None,
+    prices: Annotated[str | None, typer.Option(help="of a second of each worker")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    device: Annotated[str, typer.Option()] = "auto",
+    variant: Annotated[str | None, typer.Option(help="of the weights, e.g. fp16")] = None,
+    revision: Annotated[str | None, typer.Option(help="of the repository")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="as in generate")] = None,
+    cpu_offload: Annotated[str | None, typer.Option(help="model or group")] = None,
+    attention_backend: Annotated[str | None, typer.Option(help="of diffusers")] = None,
+    vae_tiling: Annotated[bool, typer.Option("--vae-tiling")] = False,
+    compile_blocks: Annotated[bool, typer.Option("--compile", help="by region")] = False,
+    video_format: Annotated[str, typer.Option(help="mp4, gif or png")] = "mp4",
+    pipeline_kwargs: Annotated[str, typer.Option(help="more arguments of the call, JSON")] = "{}",
+    method: Annotated[list[str] | None, typer.Option(help="a method by name, repeatable")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of the method")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="a recipe file")] = None,
+    output_format: Output = Format.human,
+) -> None:
+    """Make a file for every prompt, going on where an earlier run stopped."""
+    from accel import batch_command
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = {key: value for key, value in locals().items() if key != "batch_command"}
+    options["pipeline_kwargs"] = _object(pipeline_kwargs, "--pipeline-kwargs")
+    options["settings"] = _pairs(settings or [])
+    options["on_error"] = on_error.value
+    code = batch_command.run(options, output_format is Format.json, _say)
+    raise typer.Exit(code)
+
+
+@app.command()
+def show(
+    file: Path,
+    rerun: Annotated[bool, typer.Option("--rerun", help="make it again and compare")] = False,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="of --rerun; default: beside the file")
+    ] = None,
+    output_format: Output = Format.human,
+) -> None:
+    """Print the metadata of a picture or video that accel wrote, or make it again."""
+    if not rerun:
+        from accel.media import read_metadata
+
+        _print(read_metadata(file), output_format)
+        return
+    from accel.batch_rerun import rerun as make_again
+
+    result = make_again(file, output)
+    _print(result, output_format)
+    if not result["identical"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:
@@ -164,7 +283,7 @@ def main() -> None:
         app()
     except AccelError as error:
         _say(f"accel: {error}")
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
 
