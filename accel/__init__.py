@@ -71,6 +71,7 @@ __all__ = [
     "HiCache",
     "HoldResidual",
     "LinearAG",
+    "Linear",
     "MagCache",
     "Newton",
     "Patch",

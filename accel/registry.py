@@ -50,6 +50,7 @@ METHODS: dict[str, str] = {
     "clusca": "accel.caches.clus_ca:ClusCa",
     "speedupnet": "accel.samplers.speed_up_net:SpeedUpNet",
     "attention": "accel.kernels.attention:Attention",
+    "linear": "accel.kernels.linear:Linear",
 }
 
 APPROXIMATORS: dict[str, str] = {

@@ -72,7 +72,7 @@ IDENTITY: dict[str, Any] = {
     "clusca": {"interval": 1},
 }
 OTHER_SLOTS = {
-    *("textcache", "tokenmerging", "cachedmultilora", "attention"),
+    *("textcache", "tokenmerging", "cachedmultilora", "attention", "linear"),
     *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval", "tgate"),
     *("agd", "rcfg", "linearag"),
     "speedupnet",
