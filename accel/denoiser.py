@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from accel.clock import StepClock
 from accel.family import ENCODER, Arguments, Family
 from accel.guard import Guard
 from accel.hooks import is_compiled_whole, override
+from accel.memory_budget import Budget, held_bytes
 from accel.method import AccelError, Handle
 from accel.model_calls import call_model
 from accel.report import StepRow
@@ -65,8 +66,7 @@ class Denoiser:
         self._between: Callable[..., Any] | None = None
         self.outside: Callable[..., Any] | None = None
         """`outside(call, args, kwargs)` stands before everything else: stages change sizes."""
-        self.budget: int | None = None
-        """The most bytes that caches may hold; checked after the first step."""
+        self.budget: Budget | None = None
         self.first_call: Callable[[int], None] = lambda latents: None
         """Called at a run's first step with the number of latent values of one sample."""
         self.guard: Guard | None = None
@@ -343,8 +343,9 @@ class Denoiser:
 
     def _record(self, forward: Forward, seconds: float) -> None:
         if forward.step == 0 and self.budget is not None:
-            self._check_budget(forward.state, self.budget)
-        held = _bytes(
+            branches = 2 if self.family.guidance == "sequential" else 1
+            self.budget.apply(self.name, forward, self.sites, branches)
+        held = held_bytes(
             tensor
             for state in self._branches.values()
             for site in state.sites
@@ -362,28 +363,6 @@ class Denoiser:
                 blocks=forward.blocks or max(len(self.chain.blocks), 1),
             )
         )
-
-    def _check_budget(self, state: BranchState, budget: int) -> None:
-        """Refuse what the caches of all branches will hold, from the first step's tensors."""
-        branches = 2 if self.family.guidance == "sequential" else 1
-        total = self.clock.total
-        needed = branches * sum(
-            _bytes(each.history.tensors()) * site.reuse.depth(total)
-            + _bytes(each.policy.__dict__.values())
-            for site, each in zip(self.sites, state.sites, strict=True)
-        )
-        if needed > budget:
-            raise AccelError(
-                f"{self.name}: the caches would hold {needed / 1e9:.3g} GB in {branches} guidance "
-                f"branch(es), over the budget of {budget / 1e9:.3g} GB; take a method that holds "
-                "less (one residual of the whole stack: MagCache, PlainCycle) or HoldResidual()"
-            )
-
-
-def _bytes(values: Iterable[Any]) -> int:
-    """Bytes of the memory behind all tensors among some values; views share theirs."""
-    stores = [each.untyped_storage() for each in values if isinstance(each, torch.Tensor)]
-    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
 
 
 def _describe(value: Any) -> Any:

@@ -23,6 +23,7 @@ from accel.hooks import (
     is_compiled_whole,
     override,
 )
+from accel.memory_budget import Budget
 from accel.method import AccelError, Handle, Method
 from accel.recipe import Recipe, Validity
 from accel.report import Report
@@ -39,7 +40,7 @@ class Patch:
         self,
         pipe: Any,
         methods: tuple[Method, ...],
-        budget: int | None = None,
+        budget: Budget | None = None,
         valid_for: Validity | None = None,
         guard: Guard | None = None,
     ) -> None:
@@ -276,14 +277,17 @@ def patch(
     `speedup` (a number above 1) or `quality` ("lossless", "balanced" or "fast": 45, 30 or 25 dB of
     median PSNR) choose among what calibration measured; without a calibration, `DPCache` measures
     the model in the first run. `memory`: the most that caches may hold, in bytes or as "2GB"; what
-    they need is known after a run's first step, which raises `AccelError` with the number when it
-    is too much. `guard` looks at each prediction that was not computed and computes the step when
-    it is not finite or drifted off (one host transfer a call); `strict` raises `AccelError` then.
+    they need is known after a run's first step. Where it is too much, `HoldResidual()` stands in
+    for forecasts that hold more; where that is too much too, `AccelError` gives the number.
+
+    `guard` looks at each prediction that was not computed and computes the step when it is not
+    finite or drifted off (one host transfer a call); `strict` raises `AccelError` then.
 
     Patching again replaces. Only this pipeline's objects are changed, never classes; on an error
     the pipeline is as before.
     """
-    budget = _bytes(memory)
+    limit = _bytes(memory)
+    budget = None if limit is None else Budget(limit, registry.approximator("holdresidual")())
     chosen, valid_for = choose(pipe, methods, recipe, speedup, quality)
     _check_methods(chosen)
     watch = Guard(strict) if guard or strict else None

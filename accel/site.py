@@ -247,6 +247,8 @@ class Forward:
     entry: Streams = ()
     entry_arguments: Any = None
     skipping: set[int] = field(default_factory=set)
+    kept: dict[int, tuple[Streams, Signals]] = field(default_factory=dict)
+    """What each computed site gave its history, and with which signals."""
 
     def context(self, site: SiteState) -> StepContext:
         """The step as the site's policy sees it."""
@@ -284,6 +286,7 @@ class Forward:
         site = self.state.sites[index]
         site.policy.computed(self.context(site), signals, computed)
         site.history.update(self.step, computed.kept, signals)
+        self.kept[index] = (computed.kept, signals)
         site.skipped = 0
 
 
