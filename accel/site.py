@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from accel.kernels.relative_l1 import mean_distance
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -292,9 +294,7 @@ class Forward:
 
 def mean_change(new: Tensor, old: Tensor, scale: Tensor | None = None, group: Any = None) -> float:
     """mean|new − old| / mean|scale| in fp32; averaged over `group`'s ranks so that all agree."""
-    difference = (new.float() - old.float()).abs().mean()
-    size = torch.ones_like(difference) if scale is None else scale.float().abs().mean()
-    both = torch.stack((difference, size))
+    both = mean_distance(new, old, scale)
     if group is not None:
         torch.distributed.all_reduce(both, group=group)
     change, total = both.tolist()

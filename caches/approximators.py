@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from accel.kernels.weighted_sum import weighted_sum
 from accel.method import check, is_count, is_number
 from accel.site import Signals, Streams
 
@@ -422,9 +423,6 @@ def _combine(weights: list[float], values: list[Streams]) -> Streams:
         if any(tensor is None for tensor in tensors):
             return None
         present = [tensor for tensor in tensors if tensor is not None]
-        total = present[0].float() * weights[0]
-        for weight, tensor in zip(weights[1:], present[1:], strict=True):
-            total.add_(tensor, alpha=weight)
-        return total.to(present[0].dtype)
+        return weighted_sum(weights, present)
 
     return tuple(one(tensors) for tensors in zip(*values, strict=True))

@@ -8,25 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from accel.kernels.attention_inputs import triton_installed
 from accel.kernels.linear_formats import FORMATS
+from accel.kernels.triton_device import why_not
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def why_not(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot run on this activation, or None."""
-    import torch
-
-    if not triton_installed():
-        return "Triton is not installed: pip install 'diffusers-accel[triton]'"
-    if x.device.type != "cuda" or torch.version.hip is not None:
-        return f"the tensors are on {x.device.type}; the Triton kernels run on CUDA devices"
-    found = torch.cuda.get_device_capability(x.device)
-    if found < (8, 0):
-        return f"compute capability {'.'.join(map(str, found))} is below 8.0"
-    return None
 
 
 def w8a8(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +20,7 @@ def w8a8(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -
 
     By Triton on CUDA devices of compute capability ≥ 8.0, else by the reference.
     """
-    if why_not(x) is None:
+    if why_not(x.device) is None:
         from accel.kernels.linear_w8a8_triton import w8a8_triton
 
         return w8a8_triton(x, values, scale, bias)
