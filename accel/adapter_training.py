@@ -321,6 +321,15 @@ def _gathered(states: list[tuple[dict[str, Any], Tensor, Tensor]], batch: int) -
     )
 
 
+def read_scales(text: str) -> tuple[float, float]:
+    """Two guidance scales from "lowest,highest"."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise AccelError(f"--scales {text!r}: write lowest,highest, such as 1,8") from error
+    return low, high
+
+
 def train(
     model: str,
     prompts: Path,

@@ -1,0 +1,194 @@
+"""AGD: zero start, one branch a step, the scale acts, foreign adapters are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import built, run
+
+import accel
+from accel import model_zoo, registry
+from accel.adapter_training import hosts
+from accel.adapters import CONFIG, WEIGHTS, AdapterConfig, Adapters, CrossHosts
+
+FAMILIES = ["sd15", "flux_cfg", "sd3", "pixart", "wan21"]
+ZOO = ["emoji-unet", "emoji-image", "emoji-video"]
+
+
+def denoiser_of(pipe: Any) -> Any:
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def scale_name(name: str) -> str:
+    return "true_cfg_scale" if name == "flux_cfg" else "guidance_scale"
+
+
+def saved(name: str, folder: Path, variant: str = "cross", strength: float = 0.0) -> str:
+    """Adapters for a tiny pipeline whose last layers have this size; their folder."""
+    tiny, _ = built(name)
+    module = denoiser_of(tiny.pipe)
+    seen: list[int] = []
+    hook = module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[-1]),
+        with_kwargs=True,
+    )
+    run(tiny, num_inference_steps=2)
+    hook.remove()
+    torch.manual_seed(0)
+    adapters = Adapters(
+        AdapterConfig(
+            variant=variant,  # type: ignore[arg-type]
+            base=type(module).__name__,
+            hosts=hosts(module, registry.family(module)),
+            text_width=seen[0],
+            width=16,
+        )
+    )
+    for group in adapters.groups.values():
+        torch.nn.init.normal_(group.out, std=strength)
+    adapters.save(folder, {})
+    return str(folder)
+
+
+def near(new: torch.Tensor, old: torch.Tensor, share: float = 1e-4) -> bool:
+    return bool((new - old).abs().max() <= share * old.abs().max())
+
+
+@pytest.mark.parametrize("variant", ["cross", "offset"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_untrained_adapters_are_the_conditional_branch(name, variant, tmp_path) -> None:
+    tiny, baseline = built(name)
+    folder = saved(name, tmp_path, variant)
+    plain = run(tiny, **{scale_name(name): 1.0})
+    with accel.patched(tiny.pipe, accel.AGD(folder)) as handle:
+        assert near(run(tiny), plain)
+        assert handle.report().share_computed == 0.5
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_scale_acts_through_the_adapters(name, tmp_path) -> None:
+    tiny, baseline = built(name)
+    folder = saved(name, tmp_path, strength=0.3)
+    plain = run(tiny, **{scale_name(name): 1.0})
+    with accel.patched(tiny.pipe, accel.AGD(folder)):
+        far = [(run(tiny, **{scale_name(name): s}) - plain).norm() for s in (1.001, 2.0, 6.0)]
+    assert far[0] < far[1] < far[2]
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", ["sd15", "wan21"])
+def test_rows_of_a_batch_are_independent(name, tmp_path) -> None:
+    tiny, _ = built(name)
+    rows = {"prompt": ["a cat", "zebra"], "negative_prompt": ["", ""]}
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    with accel.patched(tiny.pipe, accel.AGD(saved(name, tmp_path, strength=0.3))):
+        both = run(tiny, **rows, generator=generators)
+        alone = {key: value[:1] for key, value in rows.items()}
+        one = run(tiny, **alone, generator=[torch.Generator().manual_seed(0)])
+    assert near(both[:1], one, 1e-3)
+
+
+def test_the_folded_products_are_attention() -> None:
+    torch.manual_seed(0)
+    group = CrossHosts(hosts=2, channels=6, width=4)
+    torch.nn.init.normal_(group.out)
+    tokens, hidden = torch.randn(3, 5, 4), torch.randn(3, 7, 6)
+    conditions = group.condition(tokens)
+    for index, condition in enumerate(conditions):
+        query, key = hidden @ group.query[index], tokens @ group.key[index]
+        value = tokens @ group.value[index]
+        expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        found = CrossHosts.apply_to(hidden, condition)
+        assert torch.allclose(found, expected @ group.out[index], atol=1e-5)
+
+
+def test_adapters_of_another_base_are_refused(tmp_path) -> None:
+    folder = saved("wan21", tmp_path)
+    tiny, baseline = built("sd15")
+    with pytest.raises(accel.AccelError, match="are for a WanTransformer3DModel"):
+        accel.patch(tiny.pipe, accel.AGD(folder))
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks.9.attn1": 12}, "lacks 1 of them, first 'blocks.9.attn1'"),
+        ({"blocks.0.attn1": 999}, "999 channels; here it has"),
+    ],
+)
+def test_other_paths_and_widths_are_refused(change, message, tmp_path) -> None:
+    saved("wan21", tmp_path)
+    tiny, baseline = built("wan21")
+    content = json.loads((tmp_path / CONFIG).read_text())
+    content.pop("training")
+    content["hosts"] |= change
+    Adapters(AdapterConfig(**content)).save(tmp_path, {})
+    with pytest.raises(accel.AccelError, match=message):
+        accel.patch(tiny.pipe, accel.AGD(str(tmp_path)))
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("damage", ["missing", "config", "weights"])
+def test_damaged_files_are_said(damage, tmp_path) -> None:
+    folder = Path(saved("wan21", tmp_path))
+    if damage == "missing":
+        (folder / WEIGHTS).unlink()
+    else:
+        (folder / (CONFIG if damage == "config" else WEIGHTS)).write_text("{")
+    tiny, baseline = built("wan21")
+    with pytest.raises(accel.AccelError, match="no adapters can be loaded"):
+        accel.patch(tiny.pipe, accel.AGD(str(folder)))
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_a_model_without_adapters_is_told_how_to_get_them() -> None:
+    tiny, _ = built("wan21")
+    with pytest.raises(accel.AccelError, match="accel adapters train"):
+        accel.patch(tiny.pipe, accel.AGD())
+
+
+def test_models_with_embedded_guidance_and_two_denoisers_are_refused(tmp_path) -> None:
+    folder = saved("wan21", tmp_path)
+    with pytest.raises(accel.AccelError, match="two"):
+        accel.patch(built("wan22")[0].pipe, accel.AGD(folder))
+    tiny, baseline = built("flux_cfg")
+    folder = saved("flux_cfg", tmp_path / "flux")
+    with (
+        accel.patched(tiny.pipe, accel.AGD(folder)),
+        pytest.raises(accel.AccelError, match="guidance is off"),
+    ):
+        run(tiny, true_cfg_scale=1.0)
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_a_cache_skips_the_adapters_with_the_blocks(tmp_path) -> None:
+    tiny, _ = built("wan21")
+    folder = saved("wan21", tmp_path, strength=0.3)
+    ratios = tuple(1.0 - 0.001 * step for step in range(50))
+    cache = accel.MagCache(threshold=0.5, max_skips=2, retention=0.2, ratios=ratios)
+    with accel.patched(tiny.pipe, accel.AGD(folder), cache) as handle:
+        first = run(tiny)
+        assert torch.equal(run(tiny), first)
+        assert handle.report().share_computed < 0.45
+    with accel.patched(tiny.pipe, accel.AGD(folder), accel.PlainCycle(interval=1)):
+        computed = run(tiny)
+    with accel.patched(tiny.pipe, accel.AGD(folder)):
+        assert torch.equal(run(tiny), computed)
+    assert not torch.equal(first, computed)
+
+
+def small(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    pipe, call, _ = model_zoo.load(name)
+    call |= {"prompt": model_zoo.prompts(name, "heldout").read_text().splitlines()[0]}
+    return pipe, call | {"num_inference_steps": 10, "output_type": "latent"} | changes
+
+
+def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
+    out = pipe(**call, generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(out.frames if hasattr(out, "frames") else out.images)
