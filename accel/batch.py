@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accel import placement
 from accel.batch_items import Item
 from accel.batch_manifest import PRIVATE, Manifest, claim
@@ -199,7 +201,8 @@ def _join(plan: Plan, emit: Emit) -> Plan:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    state = PartialState(cpu=plan.job.loading.device == "cpu")
+    gpu = plan.job.loading.device != "cpu" and torch.accelerator.is_available()
+    state = PartialState(cpu=not gpu)
     try:
         if state.num_processes > 1:
             plan = dataclasses.replace(plan, run=broadcast_object_list([plan.run])[0])

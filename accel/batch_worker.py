@@ -106,6 +106,8 @@ class Worker:
         self.lightened: list[str] = []
         """What the out-of-memory ladder has changed for good."""
         self._rungs = list(LADDER)
+        self._damaged: set[str] = set()
+        """Names of files that are ours by the manifest but not as they were written."""
         self.methods, self.recipe = self._settled()
         self.recipe_json = self.recipe.model_dump(mode="json")
 
@@ -148,9 +150,14 @@ class Worker:
         if item.error is not None or self.plan.overwrite:
             return True
         try:
-            return not manifest.done(item.name, self.job_id(item))
+            job = self.job_id(item)
         except AccelError:
             return True  # the error is reported where the item is made
+        if manifest.done(item.name, job):
+            return False
+        if row is not None and row.get("id") == job:
+            self._damaged.add(item.name)
+        return True
 
     def do(self, batch: tuple[Item, ...], wanted: list[Item]) -> Iterator[dict[str, Any]]:
         """Make the `wanted` items of a batch; a row for each, errors included.
@@ -188,7 +195,7 @@ class Worker:
 
     def _existing(self, item: Item) -> dict[str, Any] | None:
         """What to say of a file that lies there already: adopted, refused, or None to make it."""
-        if self.plan.overwrite:
+        if self.plan.overwrite or item.name in self._damaged:
             return None
         found = [path for path in self._candidates(item) if path.is_file()]
         if not found:

@@ -150,6 +150,12 @@ def vendor_attention(name: str) -> Callable[..., Any] | str:
     return attend
 
 
+def parallel_group(module: Any) -> Any:
+    """The process group over which diffusers splits one sequence of this denoiser, or None."""
+    context = getattr(getattr(module, "_parallel_config", None), "context_parallel_config", None)
+    return None if context is None else context._flattened_mesh.get_group()
+
+
 def is_compiled_whole(module: Any) -> bool:
     """Whether the whole denoiser (not its blocks) was compiled."""
     return hasattr(module, "_orig_mod") or (

@@ -43,7 +43,7 @@ def shares(items: int, devices: Mapping[str, Device], now: float = 0.0) -> dict[
     counts = dict.fromkeys(devices, 0)
     ends = [(max(d.free, now) + d.seconds, name) for name, d in devices.items()]
     heapq.heapify(ends)
-    for _ in range(items):
+    for _ in range(items if ends else 0):
         end, name = ends[0]
         counts[name] += 1
         heapq.heapreplace(ends, (end + devices[name].seconds, name))
@@ -69,13 +69,14 @@ def plan(
     them are too slow, all are used.
     """
     ordered = sorted(devices, key=lambda name: (devices[name].cost, name))
-    first = len(ordered) if deadline is None else min(1, len(ordered))
-    for count in range(first, len(ordered) + 1):
+    for count in range(1, len(ordered)):
+        if deadline is None:
+            break
         chosen = {name: devices[name] for name in ordered[:count]}
         counts = shares(items, chosen, now)
-        if count == len(ordered) or (deadline and finish(counts, chosen, now) <= deadline):
+        if finish(counts, chosen, now) <= deadline:
             return dict.fromkeys(devices, 0) | counts
-    return {}
+    return shares(items, devices, now)
 
 
 def takes(

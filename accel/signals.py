@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from accel.geometry import token_grid
+from accel.hooks import parallel_group
 from accel.method import AccelError
 from accel.site import Forward, mean_change
 
@@ -54,6 +55,13 @@ class SpanSignals:
 
     def mean_change(self, new: Any, old: Any, scale: Any = None) -> float:
         """mean|new − old|, over mean|scale| when given, the same on every rank."""
-        parallel = getattr(self._denoiser.module, "_parallel_config", None)
-        group = torch.distributed.group.WORLD if parallel is not None else None
-        return mean_change(new, old, scale, group)
+        return mean_change(new, old, scale, parallel_group(self._denoiser.module))
+
+    def agree(self, wanted: bool) -> bool:
+        """Whether every rank wants it; asked by all ranks at the same places of a run."""
+        group = parallel_group(self._denoiser.module)
+        if group is None:
+            return wanted
+        votes = self.hidden.new_tensor(float(wanted))
+        torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MIN, group=group)
+        return bool(votes)

@@ -98,6 +98,10 @@ class Signals(Protocol):
         """mean|new − old| (over mean|scale| when given), otherwise as `relative_change`."""
         ...
 
+    def agree(self, wanted: bool) -> bool:
+        """Whether every rank that shares this sequence wants it; without such ranks, `wanted`."""
+        ...
+
 
 class Policy(Protocol):
     """Decides for one site and branch during one run; made anew for each run."""
@@ -265,7 +269,7 @@ class Forward:
         what it remembers is too old to be repeated or extrapolated.
         """
         site = self.state.sites[index]
-        wanted = site.policy.skip(self.context(site), signals)
+        wanted = signals.agree(site.policy.skip(self.context(site), signals))
         skip = wanted and site.history.ready and not self.returning
         if skip:
             site.skipped += 1
