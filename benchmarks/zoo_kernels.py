@@ -1,0 +1,143 @@
+"""What low-bit attention, low-bit linears and sparsity cost in quality on the zoo, on a CPU.
+
+    python benchmarks/zoo_kernels.py benchmarks/results/zoo-kernels-cpu.json
+    python benchmarks/zoo_kernels.py --table benchmarks/results/zoo-kernels-cpu.json
+
+The kernels' torch references run, so that times mean nothing and quality is what a GPU would give
+up to the order of sums. PSNR and feature distance are against the untouched run of the same seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections import Counter
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from accel import metrics, model_zoo
+from accel.bench import pictures
+from accel.generate import make, versions
+
+MODELS = ("emoji-video", "emoji-unet", "emoji-image")
+PROMPTS = 8
+LOW_BIT: dict[str, Any] = {"least": 1, "reference": True}
+OWN: dict[str, Any] = {"least": 64, "backend": "own"}
+
+
+def settings() -> list[tuple[accel.Method, ...]]:
+    """What is measured; "adaptive" twice, with its own bounds and with tight ones."""
+    low_bit = [accel.Attention(name, **LOW_BIT) for name in ("sage_int8", "sage_int8_fp8")]
+    adaptive = [
+        accel.Attention("adaptive", **LOW_BIT),
+        accel.Attention("adaptive", similarity=0.9999, error=0.015, **LOW_BIT),
+    ]
+    linears = [accel.Linear(name, **OWN) for name in ("w8a8", "fp8", "int8", "int4")]
+    single = [(each,) for each in (*low_bit, *adaptive, *linears)]
+    return [*single, (low_bit[1], linears[0])]
+
+
+def measure(name: str, count: int) -> dict[str, Any]:
+    """All settings on one model: prompts it was not tuned on, one seed each."""
+    pipe, call, _ = model_zoo.load(name)
+    prompts = model_zoo.prompts(name, "heldout").read_text().split("\n")[:count]
+    plain = [make(pipe, {**call, "prompt": each}, seed)[0] for seed, each in enumerate(prompts)]
+    rows = []
+    for methods in settings():
+        with accel.patched(pipe, *methods) as patch:
+            if getattr(methods[0], "kernel", "") == "adaptive":
+                first = model_zoo.prompts(name, "train").read_text().split("\n")[0]
+                make(pipe, {**call, "prompt": first}, 0)
+            made = [make(pipe, {**call, "prompt": p}, s)[0] for s, p in enumerate(prompts)]
+            plan = getattr(patch.methods[0], "plan", None)
+        pairs = [(pictures(a), pictures(b)) for a, b in zip(made, plain, strict=True)]
+        rows.append(
+            {
+                "methods": [_label(each) for each in methods],
+                "psnr": _summary([metrics.psnr(a, b) for a, b in pairs], worst=0),
+                "feature_distance": _summary(
+                    [metrics.feature_distance(a, b) for a, b in pairs], worst=-1
+                ),
+                "plan": plan,
+            }
+        )
+        print(name, rows[-1]["methods"], rows[-1]["psnr"], flush=True)
+    return {
+        "model": name,
+        "prompts": len(prompts),
+        "steps": call["num_inference_steps"],
+        "rows": rows,
+    }
+
+
+def _label(method: Any) -> str:
+    """The settings that make the difference, without what every row has."""
+    shown = accel.Recipe.of((method,)).entries[0].settings
+    shown = {k: v for k, v in shown.items() if k not in (*LOW_BIT, *OWN)}
+    main = [repr(shown.pop(k)) for k in ("kernel", "format") if k in shown]
+    if isinstance(method, accel.Linear) and not main:
+        main = ["'w8a8'"]
+    return f"{type(method).__name__}({', '.join([*main, *(f'{k}={v}' for k, v in shown.items())])})"
+
+
+def _summary(values: list[float], worst: int) -> dict[str, float]:
+    return {"median": statistics.median(values), "worst": sorted(values)[worst]}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a row for each setting, a column for each model."""
+    models = result["models"]
+    head = " | ".join(f"{each['model']}, {each['prompts']} prompts" for each in models)
+    lines = [f"| settings | {head} |", "|---|" + "---|" * len(models)]
+    for rows in zip(*(each["rows"] for each in models), strict=True):
+        cells = [
+            f"{row['psnr']['median']:.1f} dB (worst {row['psnr']['worst']:.1f}), "
+            f"{row['feature_distance']['median']:.3f}"
+            for row in rows
+        ]
+        lines.append(f"| `{' + '.join(rows[0]['methods'])}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plans(result: dict[str, Any]) -> str:
+    """Markdown: how many layers have which kernel in each fifth of the schedule."""
+    lines = ["| model | settings | fifth of the schedule: layers by kernel |", "|---|---|---|"]
+    for model in result["models"]:
+        for row in model["rows"]:
+            if row["plan"] is None:
+                continue
+            fifths = zip(*row["plan"].values(), strict=True)
+            shares = ["; ".join(f"{n} {k}" for k, n in sorted(Counter(f).items())) for f in fifths]
+            lines.append(f"| {model['model']} | `{row['methods'][0]}` | {' / '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure into the file, or show a measured one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--table", action="store_true", help="show a file as tables")
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
+    asked = parser.parse_args()
+    if asked.table:
+        result = json.loads(asked.path.read_text())
+        print(table(result), plans(result), sep="\n\n")
+        return
+    torch.set_num_threads(1)
+    result = {
+        "command": f"python benchmarks/zoo_kernels.py --prompts {asked.prompts} {asked.path}",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": "cpu, torch references of the kernels",
+        "versions": versions(),
+        "models": [measure(name, asked.prompts) for name in MODELS],
+    }
+    asked.path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
