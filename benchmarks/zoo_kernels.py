@@ -129,14 +129,16 @@ def main() -> None:
         print(table(result), plans(result), sep="\n\n")
         return
     torch.set_num_threads(1)
-    result = {
+    result: dict[str, Any] = {
         "command": f"python benchmarks/zoo_kernels.py --prompts {asked.prompts} {asked.path}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu, torch references of the kernels",
         "versions": versions(),
-        "models": [measure(name, asked.prompts) for name in MODELS],
+        "models": [],
     }
-    asked.path.write_text(json.dumps(result, indent=1) + "\n")
+    for name in MODELS:
+        result["models"].append(measure(name, asked.prompts))
+        asked.path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
