@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accel.family import HIDDEN, Arguments
+from accel.hooks import split_before
 from accel.signals import SpanSignals
 from accel.site import Computed, Forward, Site, Streams, add, residual
 
@@ -22,6 +23,8 @@ def call_block(
     if forward is None:
         return original(*args, **kwargs)
     forward.blocks += 1
+    if index == 0:
+        original, args, kwargs = split_before(chain.blocks[0], original, args, kwargs)
     arguments = chain.arguments(index, args, kwargs)
     if index == 0:
         forward.entry, forward.entry_arguments = chain.inputs(arguments), arguments

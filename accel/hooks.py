@@ -156,6 +156,37 @@ def parallel_group(module: Any) -> Any:
     return None if context is None else context._flattened_mesh.get_group()
 
 
+def split_before(
+    block: Any, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Make the split of context parallelism before a block's call instead of inside its `forward`.
+
+    Some models split their sequence in the first block. Whoever skips that block must see, and
+    hand on, the rank's own part. Returns the call and its arguments after the split.
+    """
+    hooks = getattr(block.__dict__.get("_diffusers_hook"), "hooks", {})
+    splits = [hook for name, hook in hooks.items() if name.startswith("cp_input")]
+    if not splits:
+        return original, args, kwargs
+    (hook,) = splits
+
+    def unsplit(*args: Any, **kwargs: Any) -> Any:
+        hook.fn_ref.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            hook.fn_ref.pre_forward = hook.pre_forward
+
+    args, kwargs = hook.pre_forward(block, *args, **kwargs)
+    return unsplit, args, kwargs
+
+
+def waited(tensor: Any) -> Any:
+    """The tensor itself, when a collective that is still in flight wraps it."""
+    wait = getattr(tensor, "trigger_wait", None)
+    return tensor if wait is None else wait()
+
+
 def is_compiled_whole(module: Any) -> bool:
     """Whether the whole denoiser (not its blocks) was compiled."""
     return hasattr(module, "_orig_mod") or (

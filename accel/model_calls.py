@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from accel.family import Arguments
+from accel.hooks import waited
 from accel.signals import SpanSignals
 from accel.site import Computed, Forward
 
@@ -28,7 +29,7 @@ def call_model(
         assert value is not None  # only non-None predictions are remembered
         return state.dress(value + _latent_like(latent, value.shape).to(value.dtype))
     output = _run(denoiser, forward, run)
-    prediction = output[0]
+    prediction = waited(output[0])
     base = _latent_like(latent, prediction.shape)
     computed = Computed((base,), (prediction,), (prediction - base,))
     forward.remember(index, signals, computed)

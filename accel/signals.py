@@ -47,7 +47,14 @@ class SpanSignals:
     def grid(self) -> tuple[int, int, int]:
         """Frames, rows and columns of the hidden states' tokens."""
         denoiser = self._denoiser
-        return token_grid(denoiser.module, denoiser.family, self._forward.arguments)
+        grid = token_grid(denoiser.module, denoiser.family, self._forward.arguments)
+        cut = parallel_group(denoiser.module) is not None and self.hidden.dim() == 3
+        if cut and self.hidden.shape[1] != grid[0] * grid[1] * grid[2]:
+            raise AccelError(
+                "a method that looks at neighbouring tokens cannot run where context parallelism "
+                "gives each rank a part of them; EasyCache, MagCache and TeaCache can"
+            )
+        return grid
 
     def relative_change(self, new: Any, old: Any) -> float:
         """mean|new − old| / mean|old|, the same on every rank."""
