@@ -122,13 +122,19 @@ class Denoiser:
 
     def cache_model(self, policy: Callable[[Branch], Policy], reuse: Approximator) -> Handle:
         """Let `policy` skip whole calls of the denoiser; the residual is output minus latent."""
+        if any(site.stop is None for site in self.sites):
+            raise AccelError(f"two methods would skip whole calls of {self.name}; use one")
         return self.add(Site(0, None, policy, reuse))
 
     def cache_widest(
-        self, policy: Callable[[Branch], Policy], reuse: Approximator, method: str
+        self,
+        policy: Callable[[Branch], Policy],
+        reuse: Approximator,
+        method: str,
+        whole: bool = False,
     ) -> Handle:
-        """Let `policy` skip the whole block chain, or whole calls where there is no chain."""
-        if self.chain.blocks:
+        """Let `policy` skip the whole block chain, or whole calls if `whole` or without a chain."""
+        if self.chain.blocks and not whole:
             return self.cache(policy, reuse, method=method)
         return self.cache_model(policy, reuse)
 

@@ -16,8 +16,10 @@ from accel.site import Approximator
 class PlainCycle:
     """Compute every `interval`-th step after `warmup` steps; the baseline of every cache.
 
-    On chains of transformer blocks the whole stack's residual is reused; on U-Nets that of the
-    whole denoiser. Static: no device value is read, rows of a batch are independent.
+    What is reused is the block chain's residual; with `whole`, or where no chain is known, that of
+    the whole denoiser, prediction minus latent. `whole` also saves embeddings and head, holds one
+    latent instead of all tokens, and works on compiled models. Static: no device value is read,
+    rows of a batch are independent.
     """
 
     slot: ClassVar[str] = "stack"
@@ -26,18 +28,20 @@ class PlainCycle:
         {"interval": 2, "reuse": Newton(1)},
         {"interval": 3, "reuse": Taylor(1), "warmup": 3},
         {"interval": 4, "reuse": Taylor(1), "warmup": 3},
+        {"interval": 4, "reuse": Taylor(1), "warmup": 3, "whole": True},
     )
 
     interval: int = 3
     warmup: int = 1
     reuse: Approximator = HoldResidual()
+    whole: bool = False
 
     def __post_init__(self) -> None:
         check(is_count(self.interval, 1), self, "interval", "a whole number ≥ 1")
         check(is_count(self.warmup, 0), self, "warmup", "a whole number ≥ 0")
+        check(isinstance(self.whole, bool), self, "whole", "True or False")
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the block chain, or to the whole denoiser when there is none."""
-        return denoiser.cache_widest(
-            lambda _: Cycle(self.interval, self.warmup), self.reuse, "PlainCycle"
-        )
+        cycle = Cycle(self.interval, self.warmup)
+        return denoiser.cache_widest(lambda _: cycle, self.reuse, "PlainCycle", self.whole)
