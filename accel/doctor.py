@@ -14,6 +14,7 @@ _OPTIONAL = {
     "av": "MP4 files: pip install 'diffusers-accel[video]'",
     "efficientnet-lite-pytorch": "feature distance: pip install 'diffusers-accel[metrics]'",
     "triton": "low-bit kernels: pip install 'diffusers-accel[triton]'",
+    "torchao": "low-bit linear layers on a GPU: pip install torchao",
     "gradio": "demo: pip install 'diffusers-accel[demo]'",
     "peft": "LoRA: pip install peft",
 }
@@ -45,6 +46,7 @@ def examine() -> dict[str, Any]:
         "versions": versions,
         "hints": {name: hint for name, hint in _OPTIONAL.items() if versions[name] is None},
         "devices": _devices() if versions["torch"] is not None else [],
+        "kernels": _kernels() if not problems else {},
         "zoo": zoo,
         "free_disk_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
         "problems": problems,
@@ -68,6 +70,26 @@ def _torchvision_problem() -> list[str]:
             "pip uninstall torchvision, or install the build that fits"
         ]
     return []
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    """Which kernels of `Attention` and `Linear` run on the first device, or why they do not.
+
+    Asked for bfloat16 tensors with heads of 128 channels and no mask.
+    """
+    import torch
+
+    from accel import registry
+
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu" and torch.backends.mps.is_available():
+        name = "mps"
+    device = torch.device(name)
+    query = torch.zeros(1, 1, 64, 128, device=device, dtype=torch.bfloat16)
+    return {
+        f"attention on {name}": registry.method("attention").survey(query),
+        f"linear on {name}": registry.method("linear").survey(device),
+    }
 
 
 def _devices() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -47,11 +48,16 @@ class TorchBackend:
         if self.backend is None:
             return None
         small = query[:1, :1, :1].contiguous()
-        try:
-            with sdpa_kernel([self.backend]):
-                scaled_dot_product_attention(small, small, small)
-        except RuntimeError as error:
-            return f"torch: {str(error).splitlines()[0]}"
+        with warnings.catch_warnings(record=True) as said:  # where torch puts its reasons
+            warnings.simplefilter("always")
+            try:
+                with sdpa_kernel([self.backend]):
+                    scaled_dot_product_attention(small, small, small)
+            except RuntimeError as error:
+                if query.device.type != "cuda":
+                    return f"torch has no such attention on {query.device.type}"
+                reasons = [str(each.message) for each in said] or [str(error)]
+                return "torch: " + "; ".join(each.split(" (Triggered")[0] for each in reasons)
         return None
 
     def run(self, call: AttentionCall) -> Tensor:

@@ -15,6 +15,7 @@ from accel.denoiser import Denoiser
 from accel.kernels.linear_formats import FORMATS, group_size
 from accel.kernels.linear_w8a8 import w8a8
 from accel.kernels.linear_weight import QuantisedWeight
+from accel.kernels.triton_device import why_not
 from accel.method import AccelError, Handle, check, is_count
 
 if TYPE_CHECKING:
@@ -81,13 +82,25 @@ class Linear:
         handles: list[Handle] = []
         try:
             for module in chosen:
-                handles.append(Handle(_exchange(module, self._quantised(module.weight))))
+                handles.append(Handle(_exchange(module, self.quantised(module.weight))))
         except BaseException:
             Handle.together(handles).remove()
             raise
         if chosen[0].weight.device.type == "cpu":
             logger.info("Linear: on a CPU this shows the precision; it is slower than before")
         return Handle.together(handles)
+
+    @classmethod
+    def survey(cls, device: torch.device) -> dict[str, str]:
+        """Each format, and what computes it on a device: "torchao", or what else and why."""
+        reasons = {name: torchao_why_not(name, device) for name in FORMATS}
+        missing = why_not(device)
+        own = {name: "plain torch" for name in FORMATS}
+        own["w8a8"] = "Triton" if missing is None else f"plain torch ({missing})"
+        return {
+            name: "torchao" if reason is None else f"{own[name]}: {reason}"
+            for name, reason in reasons.items()
+        }
 
     def _chosen(self, denoiser: Denoiser) -> list[Any]:
         """The linear layers inside the blocks, by kind, name, size and what a format can hold."""
@@ -106,7 +119,8 @@ class Linear:
             and not _fits(name, self.skip)
         ]
 
-    def _quantised(self, weight: Tensor) -> Tensor:
+    def quantised(self, weight: Tensor) -> Tensor:
+        """What stands in for a weight (out_features, in_features)."""
         if self.backend == "own":
             return self._own(weight)
         reason = torchao_why_not(self.format, weight.device, explicit=self.backend == "torchao")
