@@ -21,7 +21,8 @@ import torch
 from accel import placement
 from accel.batch_items import Item
 from accel.batch_manifest import PRIVATE, Manifest, claim
-from accel.batch_worker import Plan, Worker
+from accel.batch_plan import Plan
+from accel.batch_worker import Worker
 from accel.method import AccelError
 
 logger = logging.getLogger(__name__)

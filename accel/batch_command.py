@@ -63,7 +63,7 @@ def _items(options: dict[str, Any]) -> list[Item]:
 def _plan(options: dict[str, Any], items: list[Item]) -> Any:
     """The plan of this shard."""
     from accel import batch, generate, media
-    from accel.batch_worker import Plan
+    from accel.batch_plan import Plan
     from accel.loading import Loading
     from accel.recipe import Recipe
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from accel.batch import Emit, StoppedError
 from accel.batch_manifest import Manifest
-from accel.batch_worker import Plan, Worker
+from accel.batch_plan import Plan
+from accel.batch_worker import Worker
 from accel.method import MissingError
 
 CPU_SHARE = 0.5

@@ -12,7 +12,7 @@ import torch
 
 import accel
 from accel import generate, media
-from accel.batch_worker import LADDER
+from accel.batch_checks import LADDER
 from accel.loading import Loading
 from accel.method import AccelError
 from accel.recipe import Recipe

@@ -9,25 +9,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import gc
-import hashlib
-import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 import accel
 from accel import generate, media
+from accel.batch_checks import (
+    LADDER,
+    digest,
+    fault,
+    free,
+    is_out_of_memory,
+    model_revision,
+)
 from accel.batch_items import Item
 from accel.batch_manifest import PRIVATE, Manifest, claim, sha256
+from accel.batch_plan import Plan
 from accel.loading import Loading
 from accel.method import AccelError
 from accel.recipe import Recipe
@@ -36,45 +41,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
-BLACK = 1 / 255
-"""A result without any value above this is taken for a failure of the numbers."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a batch makes. `job` holds the arguments of every item that does not set its own,
-    `recipe` the methods asked for (none: the best known ones), `first` the item that tables are
-    measured on (the same in all shards), `run` names this run in its rows."""
-
-    job: generate.Job
-    output: str
-    recipe: dict[str, Any] = field(default_factory=dict)
-    first: Item | None = None
-    batches: tuple[tuple[Item, ...], ...] = ()
-    overwrite: bool = False
-    retry: int = 0
-    on_error: str = "continue"
-    oom_fallback: bool = False
-    deadline: float | None = None
-    prices: tuple[float, ...] = ()
-    run: str = ""
-
-    def to_json(self) -> str:
-        """For another process; `from_json` reads it."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote."""
-        content = json.loads(text)
-        job = content["job"]
-        job["loading"]["lora"] = tuple(job["loading"]["lora"])
-        content["job"] = generate.Job(**job | {"loading": Loading(**job["loading"])})
-        content["first"] = Item(**content["first"])
-        content["batches"] = tuple(
-            tuple(Item(**item) for item in batch) for batch in content["batches"]
-        )
-        return cls(**content | {"prices": tuple(content["prices"])})
 
 
 @dataclass(frozen=True)
@@ -114,7 +80,7 @@ class Worker:
     def _settled(self) -> tuple[tuple[Any, ...], Recipe]:
         """The methods with their tables, measured once for the folder, by whoever is first."""
         chosen = Recipe.read(self.plan.recipe).methods if self.plan.recipe else ()
-        key = _digest(self.plan.recipe, self.revision, self.call | {"prompt": ""})
+        key = digest(self.plan.recipe, self.revision, self.call | {"prompt": ""})
         file = self.folder / PRIVATE / f"recipe-{key}.json"
         while True:
             with claim(self.folder, f"recipe-{key}") as mine:
@@ -136,7 +102,7 @@ class Worker:
         call = {key: value for key, value in self._call((item,)).items() if key != "prompt"}
         settings = (self.plan.job.video_format, self.fps, _loading(self.plan.job.loading))
         about = (item.prompt, item.seed, call, self.revision, self.recipe_json, settings)
-        return _digest(*about, accel.__version__)
+        return digest(*about, accel.__version__)
 
     def waiting(self, batch: tuple[Item, ...], manifest: Manifest) -> list[Item]:
         """The items of a batch that this run still has to make."""
@@ -243,7 +209,7 @@ class Worker:
             except Exception as problem:  # an item may fail in any way; its row says how
                 error = f"{type(problem).__name__}: {problem}".splitlines()[0]
                 logger.warning("try %d of items %s: %s", attempt + 1, _numbers(items), error)
-                _free()
+                free()
         return None, error
 
     def _lightened(self, items: tuple[Item, ...]) -> dict[int, Made]:
@@ -254,7 +220,7 @@ class Worker:
             except Exception as error:
                 if not (self.plan.oom_fallback and is_out_of_memory(error)):
                     raise
-            _free()
+            free()
             if len(items) > 1:
                 half = len(items) // 2
                 logger.warning("out of memory: items %s in two parts", _numbers(items))
@@ -370,73 +336,6 @@ class Worker:
         return row | more | measured
 
 
-def fault(array: NDArray[np.float32]) -> str | None:
-    """What is wrong with a result: "not finite", "all black" or nothing."""
-    if not np.isfinite(array).all():
-        return "not finite"
-    return "all black" if array.max() <= BLACK else None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is short, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in said for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
-
-
-def model_revision(model: str, pipe: Any, revision: str | None = None) -> str:
-    """The commit of a repository; of a folder, a digest of its files' names, sizes and ends."""
-    origin = pipe.config.get("_name_or_path") or model
-    folder = Path(str(origin))
-    if folder.is_dir():
-        if folder.parent.name == "snapshots":
-            return folder.name
-        return _digest([_outline(folder, path) for path in sorted(folder.rglob("*"))])
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(model, "model_index.json", revision=revision)
-    return Path(cached).parent.name if isinstance(cached, str) else "unknown"
-
-
-def _outline(folder: Path, path: Path, ends: int = 65_536) -> tuple[str, int, str] | None:
-    """A file's place, size, and a digest of its first and last bytes: weights are large."""
-    if not path.is_file():
-        return None
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        content = file.read(ends)
-        file.seek(max(size - ends, 0))
-        content += file.read(ends)
-    return str(path.relative_to(folder)), size, hashlib.sha256(content).hexdigest()
-
-
-def _tile(pipe: Any) -> bool:
-    able = hasattr(getattr(pipe, "vae", None), "enable_tiling")
-    if able:
-        pipe.vae.enable_tiling()
-    return able
-
-
-def _offload(pipe: Any) -> bool:
-    able = bool(pipe.device.type != "cpu")
-    if able:
-        pipe.enable_model_cpu_offload(device=pipe.device)
-    return able
-
-
-LADDER: dict[str, Callable[[Any], bool]] = {"vae-tiling": _tile, "offload": _offload}
-"""What is given up, one after the other, when one item alone does not fit; whether it could be."""
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _loading(options: Loading) -> dict[str, Any]:
     """What of the loading changes results; devices are not a part of what was asked for."""
     return {key: value for key, value in dataclasses.asdict(options).items() if key != "device"}
@@ -444,8 +343,3 @@ def _loading(options: Loading) -> dict[str, Any]:
 
 def _numbers(items: tuple[Item, ...]) -> str:
     return ", ".join(str(item.index) for item in items)
-
-
-def _digest(*values: Any) -> str:
-    text = json.dumps(values, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

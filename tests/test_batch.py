@@ -14,7 +14,7 @@ from tiny_pipelines import TINY
 from typer.testing import CliRunner
 
 import accel
-from accel import batch, batch_worker, cli, generate, media
+from accel import batch, batch_plan, batch_worker, cli, generate, media
 from accel.batch_manifest import Manifest, claim
 
 PROMPTS = "a cat\na dog --d 40\nbad --w x\na cow --s 3\na pig --n cow\n"
@@ -167,9 +167,9 @@ def worker(model: str, prompts: str, output: Path, **changes) -> tuple:
     job = generate.Job(model=model, prompt="", steps=4, extra=json.loads(SMALL))
     recipe = accel.Recipe.of((accel.PlainCycle(interval=2),)).model_dump(mode="json")
     size = changes.pop("size", 1)
-    plan = batch_worker.Plan(job, str(output), recipe, items[0], batch.batches(items, size))
+    plan = batch_plan.Plan(job, str(output), recipe, items[0], batch.batches(items, size))
     plan = dataclasses.replace(plan, run="r", **changes)
-    assert batch_worker.Plan.from_json(plan.to_json()) == plan
+    assert batch_plan.Plan.from_json(plan.to_json()) == plan
     return batch_worker.Worker(plan, "w"), plan
 
 
