@@ -204,6 +204,11 @@ class Denoiser:
 
         return self.follow(hook)
 
+    def when_forgetting(self, call: Callable[[], Any]) -> Handle:
+        """Let `call()` be made whenever what a run has gathered is dropped, also at its end."""
+        self.forgetting.append(call)
+        return Handle(lambda: self.forgetting.remove(call))
+
     def number(self, site: Site) -> int:
         """The place of a site's state in `BranchState.sites`."""
         return next(number for number, each in enumerate(self.sites) if each is site)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import HoldResidual
+from accel.caches.block_adjustment import Adjustment
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_number
-from accel.site import Approximator, Branch, Computed, Signals, StepContext
+from accel.site import Approximator, Branch, Computed, Signals, StepContext, Streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +34,11 @@ class BlockCaching:
     first run is computed in full and measured, with one host transfer a block; the branches' mean
     is taken. A run of another length takes the nearest entry times the ratio of the lengths [ours].
     Static: rows of a batch are independent. Holds one residual a block and branch. On U-Nets the
-    attention layers are cached, as in the paper. Its trained scale and shift of reused features are
-    not built.
+    attention layers are cached, as in the paper.
+
+    `adjustment`: a safetensors file with a scale and shift of every reused residual's channels (see
+    `accel.caches.block_adjustment`). While it is not there, runs after the measuring one compute
+    everything and fit it; give that run a batch of prompts. It holds for one step count.
     """
 
     slot: ClassVar[str] = "stack"
@@ -45,6 +51,7 @@ class BlockCaching:
     threshold: float = 0.2
     changes: tuple[tuple[float, ...], ...] | None = None
     reuse: Approximator = HoldResidual()
+    adjustment: str = ""
 
     def __post_init__(self) -> None:
         check(is_number(self.threshold) and self.threshold >= 0, self, "threshold", "a number ≥ 0")
@@ -70,13 +77,19 @@ class BlockCaching:
                 f"{type(denoiser.module).__name__}"
             )
         table, measured = list(self.changes or ()), _Measurement()
+        model = type(denoiser.module).__name__
+        adjustment = Adjustment(Path(self.adjustment), model) if self.adjustment else None
 
         def policy(row: int, branch: Branch) -> _Accumulate | _Watch:
             if not table and measured.whole(denoiser.clock.completed):
                 table.extend(measured.table(count))
             if not table:
                 return measured.watch(row, denoiser.clock.run)
-            return _Accumulate(self.threshold, table[row if len(table) > 1 else 0])
+            changes = table[row if len(table) > 1 else 0]
+            if adjustment is None:
+                return _Accumulate(self.threshold, changes)
+            adjustment.begin(denoiser.clock.run)
+            return _Adjusted(self.threshold, changes, adjustment, row)
 
         def settled() -> BlockCaching:
             return replace(self, changes=tuple(table) or measured.table(count) or None)
@@ -87,6 +100,10 @@ class BlockCaching:
             denoiser.cache(partial(policy, row), self.reuse, block, block + 1, "BlockCaching")
             for row, block in enumerate(blocks)
         ] or [denoiser.cache(partial(policy, 0), self.reuse, method="BlockCaching")]
+        if adjustment is not None:
+            fitted = adjustment
+            ending = denoiser.when_forgetting(lambda: fitted.end(denoiser.clock.completed))
+            handles.append(ending)
         return Handle.together(handles).settling(settled)
 
 
@@ -104,6 +121,34 @@ class _Accumulate:
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
         self.sum = 0.0
+
+
+class _Adjusted(_Accumulate):
+    """The schedule of one block and branch whose reused residuals are scaled and shifted."""
+
+    def __init__(
+        self, threshold: float, changes: tuple[float, ...], adjustment: Adjustment, row: int
+    ) -> None:
+        super().__init__(threshold, changes)
+        self.adjustment, self.row = adjustment, row
+
+    def refine(
+        self,
+        context: StepContext,
+        signals: Signals,
+        forecast: Streams,
+        compute: Callable[..., Streams],
+    ) -> Streams:
+        """The adjusted residual; while the adjustment is fitted, the block is computed too."""
+        reused, *others = forecast
+        if reused is None:
+            return forecast
+        key = self.adjustment.key(self.row, context)
+        if self.adjustment.fitting:
+            computed = compute()[0]
+            assert computed is not None  # the stream that is reused
+            self.adjustment.fit(key, reused, computed - signals.hidden)
+        return (self.adjustment.adjusted(key, reused), *others)
 
 
 @dataclass

@@ -21,7 +21,9 @@ CONTRACTS = {
     *("layout", "noise_levels", "staging", "transitions"),
     "attention_calls",
 }
-SHARED = {"accel.caches.approximators", "accel.caches.schedules"}
+SHARED = {
+    *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),
+}
 TENSOR_FUNCTIONS = {"accel.kernels.relative_l1", "accel.kernels.weighted_sum"}
 """Kernels that everybody may call: they know tensors and nothing else."""
 
