@@ -23,6 +23,7 @@ THRESHOLDS = (0.1, 0.2, 0.4)
 
 
 def main() -> None:
+    """Measure every model and threshold; rows are written as they come."""
     output = Path(sys.argv[1])
     result = {"command": " ".join(["python", *sys.argv]), "steps": STEPS, "rows": []}
     for name in model_zoo.names():
