@@ -8,16 +8,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from accel.caches.approximators import HoldResidual, Newton
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_number
+from accel.optimal_steps import Costs, best_steps, forecast_costs
 from accel.site import Approximator, Branch, Computed, Signals, StepContext
 
 logger = logging.getLogger(__name__)
-Costs = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,8 @@ class DPCache:
     is optimised is the line through the last two computed residuals, or the last one alone with
     `HoldResidual`; other approximators run on the line's schedule. Differs from the papers: one run
     instead of dozens, the first branch's residuals alone, and no code was public to compare with.
-    Static: rows of a batch are independent. The measuring run holds one residual for each step.
+    `whole` skips whole calls of the denoiser (see `PlainCycle`). Static: rows of a batch are
+    independent. The measuring run holds one residual for each step.
     """
 
     slot: ClassVar[str] = "stack"
@@ -44,15 +44,22 @@ class DPCache:
         {"share": 0.15},
         {"share": 0.12},
         {"share": 0.1},
+        {"share": 0.3, "whole": True},
+        {"share": 0.2, "whole": True},
+        {"share": 0.15, "whole": True},
+        {"share": 0.12, "whole": True},
+        {"share": 0.1, "whole": True},
     )
 
     share: float = 0.3
     objective: str = "sum"
     schedule: tuple[int, ...] | None = None
     reuse: Approximator = Newton(1)
+    whole: bool = False
 
     def __post_init__(self) -> None:
         check(is_number(self.share) and 0 < self.share <= 1, self, "share", "in (0, 1]")
+        check(isinstance(self.whole, bool), self, "whole", "True or False")
         check(self.objective in ("sum", "max"), self, "objective", '"sum" or "max"')
         if self.schedule is not None and (
             not self.schedule
@@ -90,7 +97,8 @@ class DPCache:
 
         if not found:
             logger.info("DPCache: no schedule known; the first run is computed and measured")
-        return denoiser.cache_widest(policy, self.reuse, "DPCache").settling(settled)
+        handle = denoiser.cache_widest(policy, self.reuse, "DPCache", self.whole)
+        return handle.settling(settled)
 
 
 class _Compute:
@@ -142,46 +150,3 @@ class _Products(_Compute):
         for step, row in enumerate(self.rows):
             lower[step, : len(row)] = row
         return np.tril(lower) + np.tril(lower, -1).T
-
-
-def forecast_costs(gram: Costs, line: bool) -> Costs:
-    """Squared relative error of step s forecast from computed steps i < j: entry [i, j, s].
-
-    `line`: by the line through both, else by the residual of j alone. Entries with i = j forecast
-    from one step. 0 for s ≤ j.
-    """
-    count = len(gram)
-    i, j, s = np.meshgrid(*[np.arange(count)] * 3, indexing="ij")
-    ahead = np.where(i < j, (s - j) / np.maximum(j - i, 1), 0.0) if line else np.zeros(i.shape)
-    new, old = 1 + ahead, -ahead
-    error = (
-        gram[s, s]
-        - 2 * (new * gram[s, j] + old * gram[s, i])
-        + new**2 * gram[j, j]
-        + old**2 * gram[i, i]
-        + 2 * new * old * gram[i, j]
-    )
-    return np.where(s > j, np.maximum(error, 0) / np.maximum(gram[s, s], 1e-12), 0.0)
-
-
-def best_steps(costs: Costs, computes: int, minimax: bool) -> list[int]:
-    """The `computes` steps, 0 among them, from which the others are forecast best."""
-    count = len(costs)
-    join = np.maximum if minimax else np.add
-    gather = np.maximum.accumulate(costs, axis=2) if minimax else np.cumsum(costs, axis=2)
-    until = np.concatenate((np.zeros((count, count, 1)), gather), axis=2)  # errors before step n
-    best = np.full((count, count), np.inf)
-    best[0, 0] = 0.0
-    trail = []
-    later = np.arange(count)[None, None, :] > np.arange(count)[None, :, None]
-    for _ in range(computes - 1):
-        reached = np.where(later, join(best[:, :, None], until[:, :, :count]), np.inf)
-        trail.append(reached.argmin(axis=0))
-        best = reached.min(axis=0)
-    ends = join(best, until[:, :, count])
-    i, j = (int(place) for place in np.unravel_index(ends.argmin(), ends.shape))
-    steps = [j]
-    for came_from in reversed(trail):
-        steps.append(i)
-        i, j = int(came_from[i, j]), i
-    return steps[::-1]

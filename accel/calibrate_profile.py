@@ -1,0 +1,280 @@
+"""`accel.profile`: record untouched runs, one file a prompt; what all calibration starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from accel.calibrate_record import SKETCH, Record, Recorder
+from accel.method import AccelError
+from accel.patching import patched, unpatch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+SUFFIX = ".profile.safetensors"
+_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class PromptProfile:
+    """One recorded run: `values` maps "site/branch" to (steps, …) (see `Record`).
+
+    `seconds`: totals of the run, of the denoiser's calls and of the chain in them, without what
+    recording took. `guidance` is the scale w of u + w·(c − u); `fingerprint` names the weights.
+    """
+
+    fingerprint: str
+    denoiser: str
+    prompt: str
+    seed: int
+    guidance: float
+    batched: bool
+    calls: int
+    blocks: int
+    scheduler: str
+    timesteps: tuple[float, ...]
+    log_snr: tuple[float, ...]
+    seconds: Mapping[str, float]
+    values: Mapping[str, Tensor]
+
+    @property
+    def steps(self) -> int:
+        """Sampling steps of the run."""
+        return len(self.timesteps)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the run had an unconditional branch."""
+        return "prediction/uncond" in self.values
+
+    def gram(self, site: str = "stack", branch: str = "cond") -> NDArray[np.float64]:
+        """Inner products of a site's outputs at all pairs of steps, (steps, steps), estimated."""
+        values = self.values[f"{site}/{branch}"].double()
+        found: NDArray[np.float64] = (values @ values.T).numpy()
+        return found
+
+    def lagged_error(self, site: str, lag: int, branch: str = "cond") -> NDArray[np.float64]:
+        """‖F(i) − F(i+lag)‖ / ‖F(i+lag)‖ for each step i, estimated, (steps − lag,)."""
+        values = self.values[f"{site}/{branch}"].double()
+        apart = (values[lag:] - values[:-lag]).norm(dim=1)
+        found: NDArray[np.float64] = (apart / values[lag:].norm(dim=1).clamp(min=1e-12)).numpy()
+        return found
+
+    def agreement(self) -> NDArray[np.float64]:
+        """Cosine of the conditional and unconditional predictions at each step, estimated."""
+        pair = (self.values["prediction/cond"].double(), self.values["prediction/uncond"].double())
+        found: NDArray[np.float64] = torch.nn.functional.cosine_similarity(*pair, dim=1).numpy()
+        return found
+
+    def save(self, file: Path) -> None:
+        """Write the file in one piece: it is whole or not there."""
+        from safetensors.torch import save_file
+
+        about = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("values", "seconds")
+        }
+        text = json.dumps({"sketch": SKETCH, **about, "seconds": dict(self.seconds)})
+        part = file.with_name(file.name + ".part")
+        save_file(dict(self.values), part, metadata={"profile": text})
+        part.replace(file)
+
+    @classmethod
+    def load(cls, file: Path) -> PromptProfile:
+        """Read one file; raise `AccelError` when it is none."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as content:
+                about = json.loads((content.metadata() or {})["profile"])
+                values = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            if about.pop("sketch") != SKETCH:
+                raise AccelError(f"profile {file}: sketches of another size; record it again")
+            for name in ("timesteps", "log_snr"):
+                about[name] = tuple(about[name])
+            return cls(**about, values=values)
+        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise AccelError(f"profile {file}: cannot be read ({error})") from error
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Recorded runs of one model with one schedule."""
+
+    prompts: tuple[PromptProfile, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise AccelError("a profile needs at least one recorded prompt")
+        first = self.prompts[0]
+        for each in self.prompts[1:]:
+            for name in ("fingerprint", "timesteps", "guidance"):
+                if getattr(each, name) != getattr(first, name):
+                    raise AccelError(
+                        f"profiles of another {name} cannot be merged: {each.prompt!r} and "
+                        f"{first.prompt!r} differ"
+                    )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the weights that were recorded."""
+        return self.prompts[0].fingerprint
+
+    @classmethod
+    def load(cls, *folders: str | Path) -> Profile:
+        """All recorded prompts in one or more folders; the same prompt and seed counts once."""
+        files = [file for folder in folders for file in sorted(Path(folder).glob("*" + SUFFIX))]
+        if not files:
+            raise AccelError(f"no profile in {', '.join(map(str, folders))}")
+        found = {(each.prompt, each.seed): each for each in map(PromptProfile.load, files)}
+        return cls(tuple(found.values()))
+
+    def check(self, pipe: Any) -> None:
+        """Raise `AccelError` unless the profile was recorded with this pipeline's weights."""
+        found = fingerprint(pipe)
+        if found != self.fingerprint:
+            raise AccelError(
+                f"this profile was recorded with another model: {self.fingerprint}, and the "
+                f"pipeline has {found}; run accel.profile with this pipeline"
+            )
+
+
+def fingerprint(pipe: Any) -> str:
+    """The denoiser's class and a digest of its parameters' names, shapes and sampled values."""
+    module = denoiser(pipe)
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        flat = value.detach().flatten()
+        sample = flat[:: max(len(flat) // _SAMPLES, 1)][:_SAMPLES].float().cpu()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return f"{type(module).__name__}:{digest.hexdigest()[:16]}"
+
+
+def denoiser(pipe: Any) -> Any:
+    """The pipeline's one denoiser; two experts in turn cannot be profiled."""
+    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
+    modules = [module for module in found if module is not None]
+    if len(modules) != 1:
+        raise AccelError(
+            f"profiles are of pipelines with one denoiser; {type(pipe).__name__} has {len(modules)}"
+        )
+    return modules[0]
+
+
+def profile(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    call: Mapping[str, Any] | None = None,
+    seeds: Sequence[int] | None = None,
+    folder: str | Path | None = None,
+    run: Callable[[dict[str, Any], int], Any] | None = None,
+) -> Profile:
+    """Record one untouched run per prompt: what `accel.calibrate` and the fits start from.
+
+    `call`: arguments of the pipeline's call. `seeds`: one a prompt, by default 0, 1, …. With a
+    `folder` every prompt is written as it is done, and prompts that lie there are not run again;
+    folders from several machines may be merged by copying or by `Profile.load(a, b)`. `run(call,
+    seed)` makes the run when given. Holds `SKETCH` numbers a site, step and branch. The pipeline is
+    as before afterwards. Raises `AccelError` for no prompts, or files of another model.
+    """
+    texts = list(prompts)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise AccelError("accel.profile: give at least one prompt, none of them empty")
+    numbers = list(seeds) if seeds is not None else list(range(len(texts)))
+    if len(numbers) != len(texts):
+        raise AccelError(f"accel.profile: {len(numbers)} seeds for {len(texts)} prompts")
+    known, place = fingerprint(pipe), Path(folder) if folder is not None else None
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    found = []
+    for text, seed in zip(texts, numbers, strict=True):
+        file = place / _file_name(text, seed) if place is not None else None
+        if file is not None and file.exists():
+            each = PromptProfile.load(file)
+            if each.fingerprint != known:
+                raise AccelError(f"profile {file}: recorded with another model; use another folder")
+        else:
+            each = _record(pipe, dict(call or {}) | {"prompt": text}, seed, known, run)
+            if file is not None:
+                each.save(file)
+        found.append(each)
+    return Profile(tuple(found))
+
+
+def _file_name(prompt: str, seed: int) -> str:
+    return hashlib.sha256(f"{seed}:{prompt}".encode()).hexdigest()[:16] + SUFFIX
+
+
+def _record(
+    pipe: Any,
+    call: dict[str, Any],
+    seed: int,
+    known: str,
+    run: Callable[[dict[str, Any], int], Any] | None,
+) -> PromptProfile:
+    record = Record()
+    unpatch(pipe)
+    began = time.perf_counter()
+    with patched(pipe, Recorder(record)):
+        if run is not None:
+            run(call, seed)
+        else:
+            pipe(**call, generator=torch.Generator().manual_seed(seed))
+        total = time.perf_counter() - began
+    steps = len(record.values.get("prediction/cond", ()))
+    if steps < 2:
+        raise AccelError("accel.profile: the run made fewer than two denoiser steps")
+    values = {
+        name: torch.stack(rows).float().cpu().contiguous() for name, rows in record.values.items()
+    }
+    return PromptProfile(
+        fingerprint=known,
+        denoiser=type(denoiser(pipe)).__name__,
+        prompt=call["prompt"],
+        seed=seed,
+        guidance=guidance_scale(pipe, call),
+        batched=record.batched,
+        calls=record.calls,
+        blocks=sum(name.startswith("block.") and name.endswith("/cond") for name in values),
+        scheduler=type(pipe.scheduler).__name__,
+        timesteps=tuple(record.timesteps[-steps:]),
+        log_snr=tuple(record.log_snr[-steps:]),
+        seconds={**record.seconds, "run": total},
+        values=values,
+    )
+
+
+def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float:
+    """The scale w of u + w·(c − u) in a call; 1 when the pipeline takes none."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    for name in ("true_cfg_scale", "guidance_scale"):
+        if name in accepted:
+            value = call.get(name, accepted[name].default)
+            if isinstance(value, int | float):
+                return float(value)
+    return 1.0
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write JSON in one piece: the file is whole or as before."""
+    part = file.with_name(file.name + ".part")
+    with part.open("w", encoding="utf-8") as out:
+        out.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
+    part.replace(file)
