@@ -118,7 +118,8 @@ class Interception:
         return _intercepted(self, processor, layer, untouched, args, kwargs)
 
 
-@torch.compiler.disable  # a compiled block breaks its graph here: Dynamo cannot trace the mode
+# A compiled block breaks its graph here: Dynamo cannot trace the mode.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _intercepted(
     owner: Interception,
     processor: Any,

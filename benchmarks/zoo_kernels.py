@@ -25,7 +25,7 @@ from accel.bench import pictures
 from accel.generate import make, versions
 
 MODELS = ("emoji-video", "emoji-unet", "emoji-image")
-PROMPTS = 8
+PROMPTS, STEPS = 8, 20
 LOW_BIT: dict[str, Any] = {"least": 1, "reference": True}
 OWN: dict[str, Any] = {"least": 64, "backend": "own"}
 
@@ -45,6 +45,7 @@ def settings() -> list[tuple[accel.Method, ...]]:
 def measure(name: str, count: int) -> dict[str, Any]:
     """All settings on one model: prompts it was not tuned on, one seed each."""
     pipe, call, _ = model_zoo.load(name)
+    call["num_inference_steps"] = STEPS
     prompts = model_zoo.prompts(name, "heldout").read_text().split("\n")[:count]
     plain = [make(pipe, {**call, "prompt": each}, seed)[0] for seed, each in enumerate(prompts)]
     rows = []

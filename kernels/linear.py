@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Sequence
@@ -175,8 +176,7 @@ def torchao_why_not(name: str, device: torch.device, explicit: bool = False) -> 
 
 def _by_torchao(weight: Tensor, name: str) -> Tensor:
     """torchao's quantised copy of a weight, made on a layer of its own."""
-    from torchao import quantization
-
+    quantization = importlib.import_module("torchao.quantization")
     holder = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     holder.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
     config = {

@@ -33,7 +33,7 @@ class QuantisedWeight(torch.Tensor):
     fused into it.
     """
 
-    values: Tensor
+    codes: Tensor
     scale: Tensor
     format: str
     compute: Linear
@@ -52,10 +52,10 @@ class QuantisedWeight(torch.Tensor):
         """A linear layer with this weight; the rest goes on to `__torch_dispatch__`."""
         if func is functional.linear:
             return _linear(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Copies and moves; nothing may read or change the values as if they were the weight."""
@@ -72,7 +72,7 @@ class QuantisedWeight(torch.Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For torch.compile and module moves."""
-        return ["values", "scale"], (self.format, self.compute, self.dtype)
+        return ["codes", "scale"], (self.format, self.compute, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
@@ -80,28 +80,28 @@ class QuantisedWeight(torch.Tensor):
     ) -> QuantisedWeight:
         """The inverse of `__tensor_flatten__`."""
         name, compute, dtype = context
-        return _built(parts["values"], parts["scale"], name, compute, shape, dtype)
+        return _built(parts["codes"], parts["scale"], name, compute, shape, dtype)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"QuantisedWeight({self.format}, {tuple(self.shape)})"
 
 
 def _built(
-    values: Tensor, scale: Tensor, name: str, compute: Linear, shape: Any, dtype: torch.dtype
+    codes: Tensor, scale: Tensor, name: str, compute: Linear, shape: Any, dtype: torch.dtype
 ) -> QuantisedWeight:
-    made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[assignment]
-        QuantisedWeight, shape, dtype=dtype, device=values.device
+    made: QuantisedWeight = torch.Tensor._make_wrapper_subclass(
+        QuantisedWeight, shape, dtype=dtype, device=codes.device
     )
-    made.values, made.scale, made.format, made.compute = values, scale, name, compute
+    made.codes, made.scale, made.format, made.compute = codes, scale, name, compute
     return made
 
 
 def _mapped(
     weight: QuantisedWeight, change: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> QuantisedWeight:
-    values, scale = change(weight.values), change(weight.scale)
+    values, scale = change(weight.codes), change(weight.scale)
     return _built(values, scale, weight.format, weight.compute, weight.shape, dtype)
 
 
 def _linear(input: Tensor, weight: QuantisedWeight, bias: Tensor | None = None) -> Tensor:  # noqa: A002
-    return weight.compute(input, weight.values, weight.scale, bias)
+    return weight.compute(input, weight.codes, weight.scale, bias)

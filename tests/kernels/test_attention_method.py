@@ -280,6 +280,21 @@ def test_composes_with_caches(cache, order) -> None:
         assert distance(run(tiny), alone) < SAME
 
 
+def test_lora_works_inside() -> None:
+    """Loaded while patched; the same as without the patch."""
+    from peft import LoraConfig
+
+    tiny = TINY["flux"]()
+    with accel.patched(tiny.pipe, Attention("math")):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        tiny.pipe.transformer.add_adapter(config)
+        inside = run(tiny)
+    assert distance(inside, run(tiny)) < SAME
+    tiny.pipe.transformer.disable_adapters()
+    assert distance(inside, run(tiny)) > 0.01
+
+
 def test_follows_exchanged_processors_and_backends() -> None:
     """A processor set after patching, and a vendor's backend set on one layer, are reached too."""
     tiny = TINY["sd15"]()

@@ -183,7 +183,7 @@ def test_moves_and_copies() -> None:
     assert torch.equal(twin(x), expected)
     half = layer.to(torch.float16)
     assert half.weight.dtype == torch.float16
-    assert half.weight.values.dtype == torch.int8
+    assert half.weight.codes.dtype == torch.int8
     assert half(x.half()).dtype == torch.float16
     with pytest.raises(accel.AccelError, match="unpatch first"):
         _ = layer.weight + 1

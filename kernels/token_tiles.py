@@ -1,0 +1,39 @@
+"""Order of a video's tokens in which 64 neighbours in memory are neighbours in space and time."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+def tile_order(grid: Grid, tile: Grid) -> Tensor:
+    """Places of the tokens, tile after tile and row by row inside a tile, (tokens,) int64.
+
+    `grid` and `tile` are (frames, rows, columns); at the far edges tiles are smaller.
+    """
+    frames, rows, columns = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    axes = list(zip((frames, rows, columns), grid, tile, strict=True))
+    number, inside = torch.zeros_like(frames), torch.zeros_like(frames)
+    for place, length, size in axes:
+        number = number * math.ceil(length / size) + place // size
+        inside = inside * size + place % size
+    return (number * math.prod(tile) + inside).flatten().argsort(stable=True)
+
+
+@functools.lru_cache(maxsize=16)
+def sequence_orders(
+    grid: Grid, tile: Grid, text: int, text_first: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(order, inverse) of a sequence: the video's tokens by tiles, then `text` tokens of text."""
+    video = tile_order(grid, tile) + (text if text_first else 0)
+    words = torch.arange(text) + (0 if text_first else len(video))
+    order = torch.cat((video, words))
+    return order.to(device), order.argsort().to(device)
