@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from accel.caches.mag_cache import MagCache
     from accel.caches.plain_cycle import PlainCycle
     from accel.caches.tea_cache import TeaCache
+    from accel.calibrate_profile import profile
+    from accel.calibrate_search import calibrate
     from accel.method import AccelError
     from accel.patching import Patch, patch, patched, stats, unpatch
     from accel.recipe import Recipe
@@ -26,10 +28,12 @@ __version__ = "0.1.0"
 # A wheel keeps caches/, samplers/, kernels/, pipelines/ and zoo/ inside this folder; a checkout
 # keeps them beside it.
 _here = Path(__file__).parent
-if not (_here / "caches").is_dir():
+if not (_here / "zoo").is_dir():  # the others may be links here, for type checkers
     __path__.append(str(_here.parent))
 
 _ASSEMBLY = {
+    "calibrate": "accel.calibrate_search",
+    "profile": "accel.calibrate_profile",
     "patch": "accel.patching",
     "unpatch": "accel.patching",
     "patched": "accel.patching",
@@ -44,13 +48,17 @@ __all__ = [
     "AGD",
     "BAC",
     "FORA",
+    "NABLA",
+    "RALU",
     "RCFG",
+    "VGDFR",
     "AccelError",
     "AdaCache",
     "AdaptiveGuidance",
     "Aligned",
     "Attention",
     "BlockCaching",
+    "BottleneckSampling",
     "CachedMultiLoRA",
     "CfgCache",
     "CfgZeroStar",
@@ -70,12 +78,13 @@ __all__ = [
     "GuidanceInterval",
     "HiCache",
     "HoldResidual",
-    "LinearAG",
     "Linear",
+    "LinearAG",
     "MagCache",
     "Newton",
     "Patch",
     "PlainCycle",
+    "Progressive",
     "PyramidAttentionBroadcast",
     "Recipe",
     "Report",
@@ -93,8 +102,10 @@ __all__ = [
     "ToCa",
     "TokenMerging",
     "UniCP",
+    "calibrate",
     "patch",
     "patched",
+    "profile",
     "stats",
     "unpatch",
 ]

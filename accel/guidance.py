@@ -249,10 +249,15 @@ def _zeros(arguments: Arguments, family: Family) -> Any:
 
 
 def _planes(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
-    """A prediction as (…, rows, columns); packed tokens are unpacked."""
+    """A prediction as (…, rows, columns); packed tokens are unpacked.
+
+    Tokens that form no grid (a mixed set) are one row.
+    """
     if x.dim() != 3:
         return x
     frames, rows, columns = token_grid(denoiser.module, denoiser.family, arguments)
+    if frames * rows * columns != x.shape[1]:
+        return x.transpose(1, 2)[:, :, None]
     patch = denoiser.family.packed
     grid = x.reshape(len(x), frames, rows, columns, -1, patch, patch)
     return grid.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(4, 5)
@@ -262,6 +267,8 @@ def _tokens(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
     """The inverse of `_planes`."""
     if arguments.get(denoiser.family.latent).dim() != 3:
         return x
+    if x.dim() == 4:
+        return x[:, :, 0].transpose(1, 2)
     patch = denoiser.family.packed
     apart = x.unflatten(4, (-1, patch)).unflatten(3, (-1, patch))
     packed: Tensor = apart.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)

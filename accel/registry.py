@@ -51,6 +51,11 @@ METHODS: dict[str, str] = {
     "speedupnet": "accel.samplers.speed_up_net:SpeedUpNet",
     "attention": "accel.kernels.attention:Attention",
     "linear": "accel.kernels.linear:Linear",
+    "nabla": "accel.kernels.nabla:NABLA",
+    "bottlenecksampling": "accel.samplers.bottleneck_sampling:BottleneckSampling",
+    "progressive": "accel.samplers.progressive:Progressive",
+    "ralu": "accel.samplers.ralu:RALU",
+    "vgdfr": "accel.samplers.vgdfr:VGDFR",
 }
 
 APPROXIMATORS: dict[str, str] = {

@@ -120,7 +120,19 @@ class Crossing:
         vae = self._vae()
         mean, std = _statistics(vae, planes)
         latents = planes * std + mean
-        return vae.decode(latents[:, :, 0] if _is_flat(vae) else latents)[0]
+        self.run.deciding = True
+        try:
+            return vae.decode(latents[:, :, 0] if _is_flat(vae) else latents)[0]  # type: ignore[no-any-return]
+        finally:
+            self.run.deciding = False
+
+    def encoded(self, pixels: Tensor) -> Tensor:
+        """Clean latent planes of pixels in [−1, 1]; the inverse of `decoded`."""
+        vae = self._vae()
+        latents = vae.encode(pixels).latent_dist.mode()
+        latents = latents[:, :, None] if latents.dim() == 4 else latents
+        mean, std = _statistics(vae, latents)
+        return (latents - mean) / std  # type: ignore[no-any-return]
 
     def _vae(self) -> Any:
         vae = getattr(self.run.pipe, "vae", None)
@@ -195,6 +207,8 @@ class StagedRun:
     pipe: Any = None
     generator: Any = None
     initial: Any = None
+    deciding: bool = False
+    """Whether the VAE decodes for the method itself, not for the user."""
     _undo: Callable[[], None] = lambda: None
     _history: dict[str, Any] = field(default_factory=dict)
     _patches: tuple[int, int] = (1, 1)

@@ -70,7 +70,9 @@ class TGate:
         except BaseException:
             layers.remove()
             raise
-        return Handle.together([layers, branches])
+        denoiser.forgetting.append(frozen.forget)
+        forgetting = Handle(lambda: denoiser.forgetting.remove(frozen.forget))
+        return Handle.together([layers, branches, forgetting])
 
     def opens(self, total: int) -> int:
         """The first step behind the gate; at least one lies before it."""
@@ -83,6 +85,10 @@ class _Frozen:
 
     run: int = -1
     outputs: dict[int, dict[str, Streams]] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """They are of another size now (staged sampling), or of another prompt."""
+        self.run = -1
 
     def of_run(self, run: int) -> dict[int, dict[str, Streams]]:
         if run != self.run:

@@ -72,7 +72,7 @@ IDENTITY: dict[str, Any] = {
     "clusca": {"interval": 1},
 }
 OTHER_SLOTS = {
-    *("textcache", "tokenmerging", "cachedmultilora", "attention", "linear"),
+    *("textcache", "tokenmerging", "cachedmultilora", "attention", "linear", "nabla"),
     *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval", "tgate"),
     *("agd", "rcfg", "linearag"),
     "speedupnet",

@@ -1,0 +1,249 @@
+"""Stages of different size on every family: exact where nothing changes, refused where unknown."""
+
+from __future__ import annotations
+
+import diffusers as d
+import pytest
+import torch
+from tiny_pipelines import TINY, built, run
+
+import accel
+from accel import AccelError, BottleneckSampling, Progressive
+
+LARGER = {
+    "cogvideox": {"height": 32, "width": 32},
+    "mochi": {"height": 32, "width": 32},
+    "ltx": {"height": 64, "width": 64},
+}
+STAGED = [name for name in TINY if name != "dit"]
+SAMPLERS = [
+    BottleneckSampling(up=1.5),
+    Progressive(shares=(0.25, 0.75), positions="spread", renoise=1.5),
+]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_all_stages_at_full_size_are_the_untouched_run(name) -> None:
+    tiny, baseline = built(name)
+    with accel.patched(tiny.pipe, BottleneckSampling(scale=1.0)):
+        assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", STAGED)
+@pytest.mark.parametrize("method", SAMPLERS, ids=["bottleneck", "progressive"])
+def test_small_stages_run_and_leave_nothing_behind(name, method) -> None:
+    """The denoiser sees small latents, users full ones; the same twice; undone bit by bit."""
+    tiny, _ = built(name)
+    larger = LARGER.get(name, {})
+    untouched = run(tiny, **larger)
+    sizes: set[int] = set()
+    parts = [getattr(tiny.pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
+    hooks = [
+        part.register_forward_pre_hook(
+            lambda _, args, kwargs: sizes.add((args or (kwargs.get("hidden_states"),))[0].numel()),
+            with_kwargs=True,
+        )
+        for part in parts
+        if part is not None
+    ]
+    try:
+        with accel.patched(tiny.pipe, method):
+            first = run(tiny, **larger)
+            assert torch.equal(run(tiny, **larger), first)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(sizes) == 2
+    assert max(sizes) == 4 * min(sizes)
+    assert first.shape == untouched.shape
+    assert torch.isfinite(first).all()
+    assert not torch.equal(first, untouched)
+    assert torch.equal(run(tiny, **larger), untouched)
+
+
+@pytest.mark.parametrize("name", ["flux_cfg", "wan21", "sd3", "sdxl"])
+def test_user_callbacks_count_all_steps_and_see_full_size(name) -> None:
+    tiny, baseline = built(name)
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, tuple(tensors["latents"].shape)))
+        return {}
+
+    with accel.patched(tiny.pipe, Progressive()):
+        result = run(tiny, callback_on_step_end=callback)
+    assert [step for step, _ in seen] == list(range(8))
+    assert {shape for _, shape in seen} == {tuple(baseline.shape)}
+    assert result.shape == baseline.shape
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3", "wan21", "sd15"])
+def test_rows_of_a_batch_follow_their_own_generators(name) -> None:
+    tiny, _ = built(name)
+    rows = {"prompt": ["a cat", "zebra"]}
+    if "negative_prompt" in tiny.call:
+        rows["negative_prompt"] = ["dog", "horse"]
+    with accel.patched(tiny.pipe, BottleneckSampling(up=1.5)):
+        generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+        both = run(tiny, **rows, generator=generators)
+        second = {key: value[1:] for key, value in rows.items()}
+        one = run(tiny, **second, generator=[torch.Generator().manual_seed(1)])
+    assert (both[1:] - one).abs().max() <= 1e-3 * one.abs().max()
+
+
+CYCLE = accel.PlainCycle(interval=3, reuse=accel.Taylor(order=1))
+MAGNITUDES = accel.MagCache(threshold=0.5, max_skips=3, ratios=(1.0, *(0.99,) * 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [
+        *(("flux_cfg", CYCLE), ("wan22", CYCLE), ("sd15", CYCLE)),
+        *(("flux_cfg", MAGNITUDES), ("wan21", MAGNITUDES), ("ltx", MAGNITUDES)),
+        *(("sd15", accel.FORA(interval=3)), ("sd15", accel.TGate())),
+    ],
+)
+def test_caches_start_again_with_each_stage(name, cache) -> None:
+    """Steps 2 and 6 begin stages: their first denoiser call is computed."""
+    tiny, _ = built(name)
+    method = BottleneckSampling(shares=(0.25, 0.5, 0.25), up=1.5)
+    with accel.patched(tiny.pipe, method, cache) as handle:
+        first = run(tiny, **LARGER.get(name, {}))
+        rows = handle.report().rows
+        assert torch.equal(run(tiny, **LARGER.get(name, {})), first)
+    starts = {row.verdict for row in rows if row.step in (0, 2, 6) and row.verdict != "left out"}
+    assert starts == {"computed"}
+    assert torch.isfinite(first).all()
+    assert len({row.verdict for row in rows}) > 1
+
+
+@pytest.mark.parametrize("name", ["flux_cfg", "wan21", "sd15", "sd3"])
+@pytest.mark.parametrize("policy", [accel.CfgCache(interval=3, start=0.0)])
+def test_guidance_policies_start_again_with_each_stage(name, policy) -> None:
+    tiny, _ = built(name)
+    method = BottleneckSampling(shares=(0.25, 0.5, 0.25), up=1.5)
+    with accel.patched(tiny.pipe, method, policy, accel.PlainCycle(interval=2)) as handle:
+        first = run(tiny)
+        rows = handle.report().rows
+    left_out = {row.step for row in rows if row.verdict == "left out"}
+    assert left_out
+    assert not left_out & {0, 2, 6}
+    assert torch.isfinite(first).all()
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        d.DPMSolverMultistepScheduler(),
+        d.UniPCMultistepScheduler(),
+        d.DEISMultistepScheduler(),
+        d.EulerDiscreteScheduler(prediction_type="v_prediction"),
+        d.EulerAncestralDiscreteScheduler(),
+        d.DDIMScheduler(steps_offset=1, clip_sample=False),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_schedulers_of_all_kinds_and_their_histories(scheduler) -> None:
+    """A step knows its own stage only: multistep histories are empty after a boundary."""
+    tiny, _ = built("sd15")
+    before, tiny.pipe.scheduler = tiny.pipe.scheduler, scheduler
+    try:
+        untouched = run(tiny)
+        with accel.patched(tiny.pipe, BottleneckSampling(scale=1.0)):
+            assert torch.equal(run(tiny), untouched)
+        with accel.patched(tiny.pipe, Progressive(renoise=1.2)):
+            first = run(tiny)
+            assert torch.equal(run(tiny), first)
+            assert torch.isfinite(first).all()
+        assert torch.equal(run(tiny), untouched)
+    finally:
+        accel.unpatch(tiny.pipe)
+        tiny.pipe.scheduler = before
+
+
+def test_flow_sigmas_in_a_multistep_scheduler() -> None:
+    """Wan's own scheduler."""
+    tiny, _ = built("wan21")
+    before = tiny.pipe.scheduler
+    tiny.pipe.scheduler = d.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    try:
+        untouched = run(tiny)
+        with accel.patched(tiny.pipe, BottleneckSampling(scale=1.0)):
+            assert torch.equal(run(tiny), untouched)
+        with accel.patched(tiny.pipe, BottleneckSampling()):
+            assert torch.isfinite(run(tiny)).all()
+    finally:
+        accel.unpatch(tiny.pipe)
+        tiny.pipe.scheduler = before
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "changes", "message"),
+    [
+        ("flux", Progressive(scales=(0.3, 1.0)), {}, "must be whole"),
+        ("sd3", Progressive(scales=(0.05, 1.0)), {}, "must be whole"),
+        ("sd15", Progressive(scales=(0.125, 1.0)), {}, "divisible by 2"),
+        ("mochi", Progressive(), {}, "divisible by 2"),
+        ("flux", Progressive(), {"num_inference_steps": 1}, "too short"),
+        ("sd15", Progressive(shares=(0.1, 0.9), renoise=20.0), {}, "another step"),
+    ],
+)
+def test_wrong_sizes_are_refused_before_the_first_step(name, method, changes, message) -> None:
+    tiny, baseline = built(name)
+    calls = []
+    denoiser = getattr(tiny.pipe, "unet", None) or tiny.pipe.transformer
+    hook = denoiser.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        with accel.patched(tiny.pipe, method), pytest.raises(AccelError, match=message):
+            run(tiny, **changes)
+    finally:
+        hook.remove()
+    assert not calls
+    assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (d.HeunDiscreteScheduler(), "cannot be staged"),
+        (d.PNDMScheduler(), "cannot be staged"),
+        (d.DDIMScheduler(thresholding=True), "thresholding=True"),
+    ],
+)
+def test_schedulers_that_cannot_be_staged_are_refused(scheduler, message) -> None:
+    tiny, _ = built("sd15")
+    before, tiny.pipe.scheduler = tiny.pipe.scheduler, scheduler
+    try:
+        with accel.patched(tiny.pipe, Progressive()), pytest.raises(AccelError, match=message):
+            run(tiny)
+    finally:
+        tiny.pipe.scheduler = before
+
+
+def test_what_cannot_be_resized_is_refused() -> None:
+    dit, baseline = built("dit")
+    with pytest.raises(AccelError, match="resized"):
+        accel.patch(dit.pipe, Progressive())
+    assert torch.equal(run(dit), baseline)
+    tiny, _ = built("sd15")
+    image = torch.zeros(1, 3, 16, 16)
+    pipe = d.StableDiffusionImg2ImgPipeline(**tiny.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    with accel.patched(pipe, Progressive()), pytest.raises(AccelError, match="starts from noise"):
+        pipe("a cat", image=image, strength=0.5, num_inference_steps=8, output_type="latent")
+
+
+def test_wrong_settings_are_refused() -> None:
+    for wrong in (
+        {"scales": (0.5, 0.75)},
+        {"shares": (0.5, 0.6)},
+        {"scales": (0.5,), "shares": (1.0,)},
+        {"renoise": 0.0},
+        {"positions": "middle"},
+    ):
+        with pytest.raises(AccelError):
+            Progressive(**wrong)
+    with pytest.raises(AccelError, match="slot"):
+        accel.patch(built("flux")[0].pipe, Progressive(), BottleneckSampling())
