@@ -1,7 +1,8 @@
 """What low-bit attention, low-bit linears and sparsity cost in quality on the zoo, on a CPU.
 
-    python benchmarks/zoo_kernels.py benchmarks/results/zoo-kernels-cpu.json
-    python benchmarks/zoo_kernels.py --table benchmarks/results/zoo-kernels-cpu.json
+    python benchmarks/zoo_kernels.py --models emoji-video benchmarks/results/zoo-kernels-cpu.json
+    python benchmarks/zoo_kernels.py --sparse benchmarks/results/zoo-nabla-cpu.json
+    python benchmarks/zoo_kernels.py --table benchmarks/results/zoo-kernels-cpu*.json
 
 The kernels' torch references run, so that times mean nothing and quality is what a GPU would give
 up to the order of sums. PSNR and feature distance are against the untouched run of the same seed.
@@ -13,6 +14,8 @@ import argparse
 import json
 import statistics
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -42,15 +45,22 @@ def settings() -> list[tuple[accel.Method, ...]]:
     return [*single, (low_bit[1], linears[0])]
 
 
-def measure(name: str, count: int) -> dict[str, Any]:
-    """All settings on one model: prompts it was not tuned on, one seed each."""
+def sparse_settings() -> list[tuple[accel.Method, ...]]:
+    """Block-sparse attention; the pictures' blocks are small because the pictures are."""
+    shape = {"tile": (1, 4, 4), "least": 64}
+    return [(accel.NABLA(mass=mass, **shape),) for mass in (0.95, 0.9, 0.8, 0.6, 0.4)]
+
+
+def measure(name: str, count: int, tried: list[tuple[accel.Method, ...]]) -> dict[str, Any]:
+    """Some settings on one model: prompts it was not tuned on, one seed each."""
     pipe, call, _ = model_zoo.load(name)
     call["num_inference_steps"] = STEPS
     prompts = model_zoo.prompts(name, "heldout").read_text().split("\n")[:count]
     plain = [make(pipe, {**call, "prompt": each}, seed)[0] for seed, each in enumerate(prompts)]
     rows = []
-    for methods in settings():
-        with accel.patched(pipe, *methods) as patch:
+    for methods in tried:
+        kept: list[float] = []
+        with accel.patched(pipe, *methods) as patch, shares_kept(kept):
             if getattr(methods[0], "kernel", "") == "adaptive":
                 first = model_zoo.prompts(name, "train").read_text().split("\n")[0]
                 make(pipe, {**call, "prompt": first}, 0)
@@ -65,6 +75,7 @@ def measure(name: str, count: int) -> dict[str, Any]:
                     [metrics.feature_distance(a, b) for a, b in pairs], worst=-1
                 ),
                 "plan": plan,
+                "blocks_kept": statistics.fmean(kept) if kept else None,
             }
         )
         print(name, rows[-1]["methods"], rows[-1]["psnr"], flush=True)
@@ -74,6 +85,24 @@ def measure(name: str, count: int) -> dict[str, Any]:
         "steps": call["num_inference_steps"],
         "rows": rows,
     }
+
+
+@contextmanager
+def shares_kept(into: list[float]) -> Iterator[None]:
+    """The share of key blocks that NABLA keeps at each attention, text included."""
+    from accel.kernels import nabla
+
+    inner = nabla.block_sparse_attention
+
+    def look(query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        into.append(float(mask.float().mean()))
+        return inner(query, key, value, mask, **options)
+
+    nabla.block_sparse_attention = look
+    try:
+        yield
+    finally:
+        nabla.block_sparse_attention = inner
 
 
 def _label(method: Any) -> str:
@@ -90,25 +119,25 @@ def _summary(values: list[float], worst: int) -> dict[str, float]:
     return {"median": statistics.median(values), "worst": sorted(values)[worst]}
 
 
-def table(result: dict[str, Any]) -> str:
+def table(models: list[dict[str, Any]]) -> str:
     """Markdown: a row for each setting, a column for each model."""
-    models = result["models"]
     head = " | ".join(f"{each['model']}, {each['prompts']} prompts" for each in models)
     lines = [f"| settings | {head} |", "|---|" + "---|" * len(models)]
     for rows in zip(*(each["rows"] for each in models), strict=True):
         cells = [
             f"{row['psnr']['median']:.1f} dB (worst {row['psnr']['worst']:.1f}), "
             f"{row['feature_distance']['median']:.3f}"
+            + (f", {row['blocks_kept']:.0%} kept" if row.get("blocks_kept") else "")
             for row in rows
         ]
         lines.append(f"| `{' + '.join(rows[0]['methods'])}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plans(result: dict[str, Any]) -> str:
+def plans(models: list[dict[str, Any]]) -> str:
     """Markdown: how many layers have which kernel in each fifth of the schedule."""
     lines = ["| model | settings | fifth of the schedule: layers by kernel |", "|---|---|---|"]
-    for model in result["models"]:
+    for model in models:
         for row in model["rows"]:
             if row["plan"] is None:
                 continue
@@ -121,25 +150,30 @@ def plans(result: dict[str, Any]) -> str:
 def main() -> None:
     """Measure into the file, or show a measured one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--table", action="store_true", help="show a file as tables")
+    parser.add_argument("paths", type=Path, nargs="+")
+    parser.add_argument("--table", action="store_true", help="show measured files as tables")
     parser.add_argument("--prompts", type=int, default=PROMPTS)
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    parser.add_argument("--sparse", action="store_true", help="measure block-sparse attention")
     asked = parser.parse_args()
     if asked.table:
-        result = json.loads(asked.path.read_text())
-        print(table(result), plans(result), sep="\n\n")
+        models = [m for path in asked.paths for m in json.loads(path.read_text())["models"]]
+        print(table(models), plans(models), sep="\n\n")
         return
     torch.set_num_threads(1)
+    path = asked.paths[0]
+    tried = sparse_settings() if asked.sparse else settings()
+    options = f"{'--sparse ' * asked.sparse}--models {' '.join(asked.models)}"
     result: dict[str, Any] = {
-        "command": f"python benchmarks/zoo_kernels.py --prompts {asked.prompts} {asked.path}",
+        "command": f"python benchmarks/zoo_kernels.py {options} {path}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu, torch references of the kernels",
         "versions": versions(),
         "models": [],
     }
-    for name in MODELS:
-        result["models"].append(measure(name, asked.prompts))
-        asked.path.write_text(json.dumps(result, indent=1) + "\n")
+    for name in asked.models:
+        result["models"].append(measure(name, asked.prompts, tried))
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
