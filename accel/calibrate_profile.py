@@ -43,6 +43,7 @@ class PromptProfile:
     batched: bool
     calls: int
     blocks: int
+    latents: int
     scheduler: str
     timesteps: tuple[float, ...]
     log_snr: tuple[float, ...]
@@ -251,6 +252,7 @@ def _record(
         batched=record.batched,
         calls=record.calls,
         blocks=sum(name.startswith("block.") and name.endswith("/cond") for name in values),
+        latents=record.latents,
         scheduler=type(pipe.scheduler).__name__,
         timesteps=tuple(record.timesteps[-steps:]),
         log_snr=tuple(record.log_snr[-steps:]),

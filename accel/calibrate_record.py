@@ -70,6 +70,8 @@ class Record:
     timesteps: list[float] = field(default_factory=list)
     log_snr: list[float] = field(default_factory=list)
     calls: int = 0
+    latents: int = 0
+    """Latent values of one sample."""
     batched: bool = False
     """Whether both guidance branches rode in one call."""
 
@@ -132,6 +134,7 @@ class _Watch:
         latent = arguments.get(self.denoiser.family.latent)
         if clock.step == 0 and self.step != 0:
             record.timesteps, record.log_snr = list(clock.timesteps), list(clock.log_snr)
+            record.latents = latent[0].numel()
             record.batched = is_doubled(self.denoiser, arguments)
         if clock.step != self.step:
             assert clock.step is not None  # called during a run only

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 class Prediction:
     """What a replay says of some methods.
 
-    `error`: size of the summed error of all steps' updates, relative to the summed updates.
+    `error`: size of the summed errors of all steps' guided predictions, relative to the summed
+    sizes of the predictions. (Weights by the scheduler's step sizes rank worse on the zoo.)
     `share`: blocks computed; `seconds`: of a run; `speedup`: over the untouched run; `settled`: the
     methods with everything they measured.
     """
@@ -52,10 +53,7 @@ class Replay:
         self.clock.listeners.append(self.denoiser.begin)
         self.latents = record.values["latent/cond"].unsqueeze(1)
         self.guided = _guided(record, record.values["prediction/cond"])
-        moved = (record.values["latent/cond"][1:] - record.values["latent/cond"][:-1]).norm(dim=1)
-        sizes = torch.cat((moved, moved[-1:]))
-        self.weights = sizes / self.guided.norm(dim=1).clamp(min=1e-12)
-        self.scale = float(moved.square().sum().sqrt())
+        self.scale = float(self.guided.norm(dim=1).sum())
 
     def predict(self, *methods: Method) -> Prediction:
         """Replay the run with methods attached; self-measuring ones measure in a first pass.
@@ -75,11 +73,10 @@ class Replay:
             )
         finally:
             Handle.together(handles).remove()
-        errors = (guided - self.guided) * self.weights[:, None]
         seconds = self._seconds()
         rows = self.denoiser.rows
         return Prediction(
-            error=float(errors.sum(0).norm()) / self.scale,
+            error=float((guided - self.guided).sum(0).norm()) / self.scale,
             share=sum(row.blocks_run for row in rows) / sum(row.blocks for row in rows),
             seconds=seconds,
             speedup=self.record.seconds["run"] / seconds,

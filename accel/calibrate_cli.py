@@ -1,0 +1,122 @@
+"""`accel calibrate` and `accel profile`: from a prompt file to a recipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from accel.method import AccelError
+
+if TYPE_CHECKING:
+    from accel.calibrate_search import Calibration
+
+UNREACHED = 4
+"""Exit code when nothing reaches the target."""
+
+Model = Annotated[str, typer.Option("-m", "--model", help="zoo:NAME, a folder or a repository")]
+Prompts = Annotated[Path | None, typer.Option("--prompts", help="one prompt a line")]
+Steps = Annotated[int | None, typer.Option("--steps", min=2, help="sampling steps")]
+
+
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the recipe, JSON")],
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(min=1)] = 8,
+    steps: Steps = None,
+    speedup: Annotated[float | None, typer.Option(help="at least this speed-up")] = None,
+    psnr: Annotated[float | None, typer.Option(help="at least this many dB")] = None,
+    quality: Annotated[str | None, typer.Option(help="lossless, balanced or fast")] = None,
+    budget: Annotated[float | None, typer.Option(help="minutes")] = None,
+    folder: Annotated[Path | None, typer.Option(help="keeps every run; resumes")] = None,
+    shard: Annotated[str | None, typer.Option(help="I/N, I from 1: a part of the runs")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="folder of a shard, repeatable")] = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Search methods for a wanted speed or quality, and write a recipe with its evidence."""
+    from accel.calibrate_search import UnreachableError
+    from accel.calibrate_search import calibrate as search
+
+    pipe, call, texts = _loaded(model, prompts, num_prompts, steps)
+    try:
+        result = search(
+            pipe,
+            texts,
+            speedup=speedup,
+            psnr=psnr,
+            quality=quality,
+            budget=budget,
+            call=call,
+            folder=folder,
+            shard=_shard(shard),
+            merge=merge or (),
+            say=_say,
+        )
+    except UnreachableError as error:
+        error.calibration.save(output)
+        _say(f"accel: {error}; the best is in {output}")
+        raise typer.Exit(UNREACHED) from error
+    result.save(output)
+    _print(result, output, as_json)
+
+
+def profile(
+    model: Model,
+    folder: Annotated[Path, typer.Option("-o", "--output", help="one file a prompt")],
+    prompts: Prompts = None,
+    num_prompts: Annotated[int, typer.Option(min=1)] = 1,
+    steps: Steps = None,
+) -> None:
+    """Record untouched runs, which calibration starts from."""
+    from accel.calibrate_profile import profile as record
+
+    pipe, call, texts = _loaded(model, prompts, num_prompts, steps)
+    made = record(pipe, texts, call=call, folder=folder)
+    print(json.dumps({"fingerprint": made.fingerprint, "prompts": len(made.prompts)}))
+
+
+def _loaded(
+    model: str, prompts: Path | None, count: int, steps: int | None
+) -> tuple[Any, dict[str, Any], list[str]]:
+    """Pipeline, arguments of its call without the prompt, and prompts."""
+    from accel import generate, model_zoo
+
+    if prompts is None:
+        if not model.startswith("zoo:"):
+            raise AccelError("--prompts FILE is needed for models outside the zoo")
+        prompts = model_zoo.prompts(model.removeprefix("zoo:"), "heldout")
+    try:
+        lines = prompts.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise AccelError(f"prompts {prompts}: cannot be read ({error.strerror})") from error
+    texts = [line.strip() for line in lines if line.strip()][:count]
+    if not texts:
+        raise AccelError(f"prompts {prompts}: no prompt in it")
+    pipe, call, _ = generate.load(generate.Job(model=model, prompt=texts[0], steps=steps))
+    return pipe, {key: value for key, value in call.items() if key != "prompt"}, texts
+
+
+def _shard(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise AccelError(f"--shard {text!r}: write I/N with 1 ≤ I ≤ N")
+    return int(index) - 1, int(count)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print(result: Calibration, output: Path, as_json: bool) -> None:
+    chosen = result.recipe.measured[0]
+    if as_json:
+        print(json.dumps({"generations": result.generations, "recipe": str(output), **chosen}))
+        return
+    print(f"{chosen['methods']}: {chosen['speedup']:.2f}x, {chosen['psnr']:.1f} dB (medians)")
+    print(f"{result.generations} generations; {output}")

@@ -1,0 +1,178 @@
+"""From a profile to candidates: settings for a wanted cost, each with its predicted error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from accel import registry
+from accel.calibrate_profile import Profile
+from accel.calibrate_replay import Prediction, Replay, mean_prediction
+from accel.method import AccelError, Method
+from accel.optimal_steps import best_steps, forecast_costs
+from accel.recipe import Recipe
+
+KNOBS = {
+    "magcache": ("threshold", 0.0, 2.0),
+    "teacache": ("threshold", 0.0, 2.0),
+    "firstblockcache": ("threshold", 0.0, 2.0),
+    "easycache": ("threshold", 0.0, 2.0),
+    "smoothcache": ("threshold", 0.0, 2.0),
+    "blockcaching": ("threshold", 0.0, 4.0),
+    "foresight": ("gamma", 0.0, 8.0),
+    "dpcache": ("share", 1.0, 0.04),
+    "bac": ("share", 1.0, 0.04),
+    "cfgcache": ("interval", 1, 40),
+    "adaptiveguidance": ("threshold", 1.0, 0.5),
+}
+"""What `fit` turns: a setting, its value that saves nothing, and one that saves much."""
+_LAYERED = {"smoothcache", "blockcaching", "foresight", "bac"}
+_GUIDANCE = ((3, 0.1), (5, 0.1), (10, 0.1), (5, 0.3), (10, 0.3), (20, 0.1))
+_SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Methods with all their tables, and what the replay predicts of them."""
+
+    methods: tuple[Method, ...]
+    prediction: Prediction
+
+    @property
+    def key(self) -> str:
+        """The methods as JSON: the same in another process."""
+        return json.dumps([entry.model_dump() for entry in Recipe.of(self.methods).entries])
+
+
+def replays(profile: Profile, layers: bool = False) -> list[Replay]:
+    """One replay a recorded prompt."""
+    return [Replay(each, layers) for each in profile.prompts]
+
+
+def fit(profile: Profile, name: str, share: float, **settings: Any) -> Candidate:
+    """Settings of method `name` that compute about `share` of the work, with measured tables.
+
+    The method measures itself on the replayed profile and its knob (see `KNOBS`) is found by
+    bisection; no run of the model is made. What a table needs beyond L2 norms is estimated from
+    sketches: L1 errors by L2 ones. Raises `AccelError` for a method without a knob.
+    """
+    key = name.lower()
+    if key not in KNOBS:
+        raise AccelError(f"fit: {name} has no setting to turn; accepted: {', '.join(KNOBS)}")
+    if not 0 < share <= 1:
+        raise AccelError(f"fit: share={share!r} must be in (0, 1]")
+    knob, mild, strong = KNOBS[key]
+    found, kind = replays(profile, key in _LAYERED), registry.method(key)
+    best: Candidate | None = None
+    for _ in range(12):
+        middle = (mild + strong) / 2
+        value = round(middle) if isinstance(KNOBS[key][1], int) else middle
+        prediction = mean_prediction(found, kind(**{knob: value}, **settings))
+        each = Candidate(prediction.settled, prediction)
+        if best is None or _off(each, share) < _off(best, share):
+            best = each
+        if prediction.share > share:
+            mild = middle
+        else:
+            strong = middle
+    assert best is not None  # twelve were tried
+    return best
+
+
+def _off(candidate: Candidate, share: float) -> float:
+    return abs(candidate.prediction.share - share)
+
+
+def candidates(profile: Profile) -> list[Candidate]:
+    """Schedules × forecasts × guidance policies, all predicted, cheapest first.
+
+    Schedules are the best steps for a line and for a held residual by the Gram matrix, and plain
+    cycles; forecasts are the registry's linear ones.
+    """
+    found = replays(profile)
+    guided = all(each.record.guided for each in found)
+    policies = [(), *(((each,) for each in guidance_policies(profile)) if guided else ())]
+    methods = ((cache, *policy) for cache in schedules(profile) for policy in policies)
+    alone = (policy for policy in policies if policy)
+    return sorted(_predicted(found, (*alone, *methods)), key=lambda each: each.prediction.seconds)
+
+
+def _predicted(
+    found: Sequence[Replay], several: Iterable[tuple[Method, ...]]
+) -> Iterator[Candidate]:
+    for methods in several:
+        prediction = mean_prediction(found, *methods)
+        if np.isfinite(prediction.error):
+            yield Candidate(methods, prediction)
+
+
+def guidance_policies(profile: Profile) -> list[Method]:
+    """CFG-Cache at several intervals, guidance up to a share of the steps, and until agreement."""
+    cfg, interval = registry.method("cfgcache"), registry.method("guidanceinterval")
+    policies: list[Method] = [
+        cfg(interval=every, start=start, low_gain=1.0, high_gain=1.0) for every, start in _GUIDANCE
+    ]
+    noise = profile.prompts[0].log_snr
+    for share in (0.9, 0.75):
+        edge = 2 * noise[int(share * len(noise))]
+        policies.append(interval(highest=round(edge, 3)))
+    agreement = float(np.median([each.agreement()[len(noise) // 2] for each in profile.prompts]))
+    policies.append(registry.method("adaptiveguidance")(threshold=min(round(agreement, 5), 1.0)))
+    return policies
+
+
+def schedules(profile: Profile) -> list[Method]:
+    """DPCache with the best steps for each share, plain cycles, each with several forecasts."""
+    hold, newton = registry.approximator("holdresidual"), registry.approximator("newton")
+    hicache, dpcache = registry.approximator("hicache"), registry.method("dpcache")
+    first = profile.prompts[0]
+    whole = "stack/cond" not in first.values
+    site = "prediction" if whole else "stack"
+    gram = np.sum([each.gram(site) for each in profile.prompts], axis=0)
+    found: list[Method] = []
+    for line in (True, False):
+        costs = forecast_costs(gram, line)
+        for count in sorted({max(round(share * len(costs)), 2) for share in _SHARES}):
+            steps = best_steps(costs, count, minimax=False)
+            schedule = tuple(int(step in steps) for step in range(len(costs)))
+            for reuse in (newton(1), hicache(2)) if line else (hold(),):
+                share = count / len(costs)
+                found.append(dpcache(share=share, schedule=schedule, reuse=reuse))
+    return [*found, *_cycles()]
+
+
+def _cycles() -> list[Method]:
+    cycle, newton = registry.method("plaincycle"), registry.approximator("newton")
+    forecasts = ((registry.approximator("holdresidual")(), 1), (newton(1), 3), (newton(2), 4))
+    return [
+        cycle(interval=interval, warmup=warmup, reuse=reuse)
+        for interval in (2, 3, 4, 5, 6, 8, 10, 12)
+        for reuse, warmup in forecasts
+    ]
+
+
+def refine(profile: Profile, candidate: Candidate, rounds: int = 40, seed: int = 0) -> Candidate:
+    """Move single computed steps of a DPCache schedule while that lowers the predicted error."""
+    cache = candidate.methods[0]
+    schedule = getattr(cache, "schedule", None)
+    if schedule is None:
+        return candidate
+    found, random, best = replays(profile), np.random.default_rng(seed), candidate
+    for _ in range(rounds):
+        entries = list(getattr(best.methods[0], "schedule"))  # noqa: B009
+        ones = [step for step in range(1, len(entries)) if entries[step]]
+        step = int(random.choice(ones)) if ones else 0
+        to = step + int(random.choice((-2, -1, 1, 2)))
+        if not 0 < to < len(entries) or entries[to] or not step:
+            continue
+        entries[step], entries[to] = 0, 1
+        moved = replace(cache, schedule=tuple(entries))  # type: ignore[type-var]
+        methods = (moved, *candidate.methods[1:])
+        prediction = mean_prediction(found, *methods)
+        if prediction.error < best.prediction.error:
+            best = Candidate(methods, prediction)
+    return best

@@ -1,0 +1,329 @@
+"""`accel.calibrate`: from prompts and a wanted speed or quality to a recipe with its evidence."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accel
+from accel.calibrate_fit import Candidate, candidates, refine
+from accel.calibrate_profile import Profile
+from accel.calibrate_trials import Deadline, Trials, label, median
+from accel.choosing import QUALITIES
+from accel.method import AccelError, is_number
+from accel.recipe import Choice, Recipe, Validity
+
+logger = logging.getLogger(__name__)
+
+FIRST, SECOND, LAST = 12, 4, 3
+"""Candidates of the three rungs: on the first prompt, on two more, on the validation prompts."""
+VALIDATION = 4
+_SPREAD = 1.3
+"""Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
+_UNKNOWN_SPREAD = 3.0
+"""dB, while there is one run alone."""
+_WIDTH = 1.1
+"""A speed-up up to this times the wanted one reaches it."""
+
+
+class UnreachableError(AccelError):
+    """No candidate reached the target; `calibration` holds the best that was reached."""
+
+    def __init__(self, message: str, calibration: Calibration) -> None:
+        super().__init__(message)
+        self.calibration = calibration
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is wanted: at least `speedup`, or at least `psnr` dB.
+
+    `typical`: that is meant of the median prompt, else of nine prompts in ten.
+    """
+
+    speedup: float | None = None
+    psnr: float | None = None
+    typical: bool = True
+
+    @classmethod
+    def of(cls, speedup: float | None, psnr: float | None, quality: str | None) -> Target:
+        """From the arguments of `calibrate`; "balanced" when none is given."""
+        if sum(each is not None for each in (speedup, psnr, quality)) > 1:
+            raise AccelError("accel.calibrate: give one of speedup, psnr and quality")
+        if quality is not None and quality not in QUALITIES:
+            raise AccelError(f"quality={quality!r}; accepted: {', '.join(QUALITIES)}")
+        if speedup is not None and not (is_number(speedup) and speedup > 1):
+            raise AccelError(f"speedup={speedup!r}: a number above 1 is accepted")
+        if psnr is not None and not (is_number(psnr) and psnr > 0):
+            raise AccelError(f"psnr={psnr!r}: a number of dB above 0 is accepted")
+        if speedup is None and psnr is None:
+            return cls(psnr=QUALITIES[quality or "balanced"])
+        return cls(speedup, psnr, typical=psnr is None)
+
+    def decibels(self, values: Sequence[float]) -> float:
+        """What counts of the PSNRs of several prompts."""
+        if self.typical:
+            return statistics.median(values)
+        spread = statistics.stdev(values) if len(values) > 1 else _UNKNOWN_SPREAD
+        return statistics.fmean(values) - _SPREAD * spread
+
+    def score(self, speedup: float, psnr: float) -> tuple[bool, float]:
+        """Larger is better: reaching the target first, then what is free to choose."""
+        if self.speedup is None:
+            reached = psnr >= (self.psnr or 0)
+            return (reached, speedup if reached else psnr)
+        reached = self.speedup <= speedup <= self.speedup * _WIDTH
+        return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The chosen recipe (its `front` holds the other points) and the runs it cost."""
+
+    recipe: Recipe
+    generations: int
+
+    @property
+    def front(self) -> tuple[Choice, ...]:
+        """The Pareto front that was measured on the validation prompts, fastest first."""
+        return self.recipe.front
+
+    def save(self, path: str | Path) -> None:
+        """Write the recipe with its front and evidence."""
+        self.recipe.save(path)
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    speedup: float | None = None,
+    psnr: float | None = None,
+    quality: str | None = None,
+    budget: float | None = None,
+    call: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    shard: tuple[int, int] | None = None,
+    merge: Sequence[str | Path] = (),
+    say: Callable[[str], None] = logger.info,
+) -> Calibration:
+    """Search methods for a pipeline and write down what they were measured to give.
+
+    One prompt is profiled; schedules × forecasts × guidance policies are predicted on it (see
+    `accel.calibrate_replay`); the most promising are really run, on more prompts as they become
+    fewer; the last are validated on up to four prompts that took no part. Give `speedup` (at
+    least), `psnr` (dB that nine of ten prompts keep) or `quality` ("lossless", "balanced", "fast":
+    45, 30, 25 dB of the median prompt; by default "balanced"). One prompt gives a first recipe in
+    three generations, eight validate a front in forty. `budget`: minutes after which no new
+    candidate is tried.
+
+    `folder` keeps every run: a killed calibration goes on from there. `shard` (i, n) makes only the
+    first rung's runs i, i + n, … into its folder, and `merge` takes over other folders' runs.
+    Raises `AccelError` for bad arguments or another model's folder, `UnreachableError` when nothing
+    reaches the target.
+    """
+    texts = list(prompts)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise AccelError("accel.calibrate: give at least one prompt, none of them empty")
+    if shard is not None and not (0 <= shard[0] < shard[1]):
+        raise AccelError(f"shard={shard!r}: (i, n) with 0 ≤ i < n is accepted")
+    target = Target.of(speedup, psnr, quality)
+    place = Path(folder) if folder is not None else None
+    trials = Trials(pipe, texts, call or {}, place, say)
+    for other in merge:
+        trials.merge(Path(other))
+    return _Search(trials, target, Deadline(budget)).run(shard)
+
+
+class _Search:
+    def __init__(self, trials: Trials, target: Target, deadline: Deadline) -> None:
+        self.trials, self.target, self.deadline = trials, target, deadline
+        self.profile: Profile = trials.record(1)
+        self.profile.check(trials.pipe)
+        self.all = candidates(self.profile)
+        count = len(trials.prompts)
+        held = min(VALIDATION, count // 2)
+        self.tuning = list(range(min(3, count - held)))
+        self.validation = list(range(count - held, count))
+        trials.say(f"{len(self.all)} candidates predicted from one run")
+
+    def run(self, shard: tuple[int, int] | None) -> Calibration:
+        spread = self._spread(FIRST // 2)
+        if len(self.trials.prompts) == 1:
+            spread = [max(self.all, key=self._rank)]
+        if shard is not None:
+            spread = spread[shard[0] :: shard[1]]
+        for candidate in spread:
+            if not self._enough():
+                self.trials.run(candidate, 0)
+        if shard is not None:
+            return self._result(self._tried())
+        self._guided_runs(1 if len(self.trials.prompts) == 1 else FIRST - len(spread))
+        return self._checked(self._result(self._finals()))
+
+    def _finals(self) -> list[Candidate]:
+        """Fewer candidates on more prompts; the last on the prompts that took no part."""
+        best = sorted(self._tried(), key=self._measured_rank, reverse=True)[:SECOND]
+        for prompt in self.tuning[1:]:
+            for candidate in best:
+                if not self.deadline.over:
+                    self.trials.run(candidate, prompt)
+        if not self.validation:
+            return self._tried()
+        last = sorted(best, key=self._measured_rank, reverse=True)[:LAST]
+        for prompt in self.validation:
+            for candidate in last:
+                self.trials.run(candidate, prompt)
+        return last
+
+    def _enough(self) -> bool:
+        return self.deadline.over and bool(self._tried())
+
+    def _guided_runs(self, count: int) -> None:
+        """Run what the predictions, corrected by all runs so far, say is best."""
+        for _ in range(count):
+            left = [each for each in self.all if not self.trials.of(each)]
+            if self.deadline.over or not left:
+                return
+            choice = refine(self.profile, max(left, key=self._rank))
+            self.all.append(choice)
+            if self.trials.of(choice):
+                return
+            self.trials.run(choice, 0)
+
+    def _spread(self, count: int) -> list[Candidate]:
+        """The predicted front, thinned evenly in predicted error."""
+        front: list[Candidate] = []
+        for each in self.all:  # cheapest first
+            if not front or each.prediction.error < front[-1].prediction.error:
+                front.append(each)
+        if len(front) <= count:
+            return front
+        return [front[round(i * (len(front) - 1) / (count - 1))] for i in range(count)]
+
+    # --- what is expected ----------------------------------------------------------------------
+
+    def _tried(self) -> list[Candidate]:
+        keys: dict[str, Candidate] = {}
+        for each in self.all:
+            if self.trials.of(each):
+                keys.setdefault(each.key, each)
+        return list(keys.values())
+
+    def _offset(self, candidate: Candidate) -> float:
+        """dB at a predicted error of 1, from runs with the same kinds of methods, or from all."""
+        kinds = [type(method) for method in candidate.methods]
+        runs = [(each, trial) for each in self._tried() for trial in self.trials.of(each)]
+        alike = [one for one in runs if [type(method) for method in one[0].methods] == kinds]
+        found = [trial.psnr + _decibels(each) for each, trial in alike or runs]
+        return statistics.median(found) if found else _UNKNOWN_OFFSET
+
+    def _slowness(self) -> float:
+        """Measured over predicted speed-up, the median of all runs."""
+        ratios = [
+            trial.speedup / each.prediction.speedup
+            for each in self._tried()
+            for trial in self.trials.of(each)
+        ]
+        return statistics.median(ratios) if ratios else 1.0
+
+    def _rank(self, candidate: Candidate) -> tuple[bool, float]:
+        decibels = self._offset(candidate) - _decibels(candidate)
+        return self.target.score(candidate.prediction.speedup * self._slowness(), decibels)
+
+    def _measured_rank(self, candidate: Candidate) -> tuple[bool, float]:
+        trials = self.trials.of(candidate)
+        speed = median(trials, "speedup")
+        if len(trials) < 3:  # one pair of runs is noisier than the prediction
+            speed = candidate.prediction.speedup * self._slowness()
+        return self.target.score(speed, self.target.decibels([each.psnr for each in trials]))
+
+    # --- the result ----------------------------------------------------------------------------
+
+    def _result(self, chosen: Sequence[Candidate]) -> Calibration:
+        rows = {each.key: self._evidence(each) for each in chosen}
+        best = max(chosen, key=self._measured_rank)
+        front = [
+            Choice(
+                entries=Recipe.of(each.methods).entries,
+                speedup=rows[each.key]["speedup"],
+                psnr=rows[each.key]["psnr"],
+                share_computed=rows[each.key]["share_computed"],
+            )
+            for each in chosen
+        ]
+        kept = [one for one in front if not any(_beats(other, one) for other in front)]
+        first = self.profile.prompts[0]
+        validity = Validity(
+            scheduler=first.scheduler,
+            steps=(first.steps, first.steps),
+            latents=(first.latents,) * 2,
+        )
+        recipe = Recipe(
+            model=first.denoiser,
+            source="accel.calibrate",
+            valid_for=validity,
+            entries=Recipe.of(best.methods).entries,
+            front=tuple(sorted(kept, key=lambda each: -each.speedup)),
+            measured=(rows[best.key], *(row for key, row in rows.items() if key != best.key)),
+        )
+        return Calibration(recipe, self.trials.generations)
+
+    def _evidence(self, candidate: Candidate) -> dict[str, Any]:
+        """What was measured on the validation prompts, or on all when there are none."""
+        every = self.trials.of(candidate)
+        rows = [each for each in every if each.prompt in self.validation] or every
+        speeds = [each.speedup for each in rows]
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+        return {
+            "methods": label(candidate),
+            "fingerprint": self.profile.fingerprint,
+            "speedup": median(rows, "speedup"),
+            "speedup_spread": [min(speeds), max(speeds)],
+            "psnr": median(rows, "psnr"),
+            "psnr_each": [round(each.psnr, 2) for each in rows],
+            "share_computed": median(rows, "share"),
+            "prompts": len(rows),
+            "validated": any(each.prompt in self.validation for each in rows),
+            "predicted_error": candidate.prediction.error,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.trials.pipe.device}",
+            "versions": {"accel": accel.__version__, **versions},
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        }
+
+    def _checked(self, calibration: Calibration) -> Calibration:
+        """Raise when even the best point misses what is wanted (speed may be 5 % short)."""
+        front, target = calibration.front, self.target
+        if target.speedup is not None:
+            fastest = max(choice.speedup for choice in front)
+            if fastest < 0.95 * target.speedup:
+                at = f"speedup={target.speedup:g} was not reached; the fastest is {fastest:.2f}"
+                raise UnreachableError(at, calibration)
+        elif target.psnr is not None:
+            best = max(choice.psnr for choice in front)
+            if best < target.psnr:
+                at = f"psnr={target.psnr:g} was not reached; the closest is {best:.1f} dB"
+                raise UnreachableError(at, calibration)
+        return calibration
+
+
+_UNKNOWN_OFFSET = 30.0
+"""dB at a predicted error of 1 before any run; between 25 and 36 on the zoo."""
+
+
+def _decibels(candidate: Candidate) -> float:
+    return 20 * math.log10(max(candidate.prediction.error, 1e-9))
+
+
+def _beats(one: Choice, other: Choice) -> bool:
+    better = one.speedup >= other.speedup and one.psnr >= other.psnr
+    return better and (one.speedup, one.psnr) != (other.speedup, other.psnr)

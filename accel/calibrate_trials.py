@@ -1,0 +1,174 @@
+"""Real runs of candidates against the untouched pipeline; every run is on disk when it is done."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from accel import generate, metrics
+from accel.calibrate_fit import Candidate
+from accel.calibrate_profile import Profile, fingerprint, profile, write_json
+from accel.method import AccelError
+from accel.patching import patched, stats, unpatch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_MOST_DB = 100.0
+_STATE = "trials.json"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of one candidate: dB against the untouched run, seconds of both, share computed."""
+
+    prompt: int
+    psnr: float
+    seconds: float
+    untouched_seconds: float
+    share: float
+
+    @property
+    def speedup(self) -> float:
+        """Of this pair of runs."""
+        return self.untouched_seconds / self.seconds
+
+
+class Trials:
+    """All runs of a calibration. With a `folder` a killed one goes on where it was.
+
+    `prompts[i]` runs with seed i. `generations` counts the runs made, also those of earlier
+    processes; untouched runs count too.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        call: Mapping[str, Any],
+        folder: Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.pipe, self.prompts, self.call = pipe, list(prompts), dict(call)
+        self.folder, self.say = folder, say
+        self.found: dict[str, list[Trial]] = {}
+        self.generations = 0
+        self.references: dict[int, tuple[NDArray[np.uint8], float]] = {}
+        self.about = {
+            "fingerprint": fingerprint(pipe),
+            "prompts": self.prompts,
+            "call": json.loads(json.dumps(self.call, default=str)),
+        }
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.merge(folder, missing=True)
+
+    def merge(self, folder: Path, missing: bool = False) -> None:
+        """Take over the runs of a folder of the same model, prompts and call."""
+        file = folder / _STATE
+        if missing and not file.exists():
+            return
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise AccelError(f"calibration {file}: cannot be read ({error})") from error
+        for name, value in self.about.items():
+            if state.get(name) != value:
+                raise AccelError(
+                    f"calibration {file}: of another {name}; use another folder, or this "
+                    "pipeline with the same prompts and call"
+                )
+        self.generations += state["generations"]
+        for key, rows in state["trials"].items():
+            known = self.found.setdefault(key, [])
+            fresh = (Trial(**row) for row in rows)
+            known += [each for each in fresh if each.prompt not in {one.prompt for one in known}]
+
+    def save(self) -> None:
+        """Write what is known, in one piece."""
+        if self.folder is not None:
+            rows = {key: [vars(each) for each in found] for key, found in self.found.items()}
+            state = {**self.about, "generations": self.generations, "trials": rows}
+            write_json(self.folder / _STATE, state)
+
+    def record(self, count: int) -> Profile:
+        """Profile the first `count` prompts; their pictures are references."""
+
+        def run(call: dict[str, Any], seed: int) -> None:
+            self.generations += 1
+            picture, seconds = generate.make(self.pipe, call, seed)
+            self.references[seed] = (picture, seconds)
+
+        place = None if self.folder is None else self.folder / "profile"
+        made = profile(self.pipe, self.prompts[:count], call=self.call, folder=place, run=run)
+        self.save()
+        return made
+
+    def untouched(self, prompt: int, fresh: bool = False) -> tuple[NDArray[np.uint8], float]:
+        """The untouched picture and its seconds; `fresh` times it again."""
+        if fresh or prompt not in self.references:
+            unpatch(self.pipe)
+            self.references[prompt] = self._make(prompt)
+        return self.references[prompt]
+
+    def run(self, candidate: Candidate, prompt: int) -> Trial:
+        """The trial of a candidate on a prompt; made only when it is not known."""
+        known = self.found.setdefault(candidate.key, [])
+        for each in known:
+            if each.prompt == prompt:
+                return each
+        reference, seconds = self.untouched(prompt)
+        with patched(self.pipe, *candidate.methods):
+            picture, own = self._make(prompt)
+            share = stats(self.pipe).share_computed
+        trial = Trial(prompt, psnr(picture, reference), own, seconds, share)
+        known.append(trial)
+        self.save()
+        self.say(f"{label(candidate)}: {trial.psnr:.1f} dB, {trial.speedup:.2f}x")
+        return trial
+
+    def of(self, candidate: Candidate) -> list[Trial]:
+        """Every trial of a candidate."""
+        return self.found.get(candidate.key, [])
+
+    def _make(self, prompt: int) -> tuple[NDArray[np.uint8], float]:
+        self.generations += 1
+        call = self.call | {"prompt": self.prompts[prompt]}
+        return generate.make(self.pipe, call, prompt)
+
+
+def psnr(picture: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
+    """dB, at most 100."""
+    pair = (torch.from_numpy(each) / 255 for each in (picture, reference))
+    return min(metrics.psnr(*pair), _MOST_DB)
+
+
+def label(candidate: Candidate) -> str:
+    """The methods by name, with the share they compute."""
+    names = " + ".join(type(method).__name__ for method in candidate.methods)
+    return f"{names} ({candidate.prediction.share:.0%} computed)"
+
+
+def median(trials: Sequence[Trial], name: str) -> float:
+    """The median of a field over trials."""
+    return statistics.median(getattr(each, name) for each in trials)
+
+
+class Deadline:
+    """A budget of minutes; None never ends."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.ends = None if minutes is None else time.monotonic() + 60 * minutes
+
+    @property
+    def over(self) -> bool:
+        """Whether the time is spent."""
+        return self.ends is not None and time.monotonic() > self.ends

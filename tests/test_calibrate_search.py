@@ -1,0 +1,140 @@
+"""The search: a recipe with evidence, resumed after a kill, shared among machines, honest."""
+
+import json
+
+import pytest
+import torch
+from test_calibrate_profile import call_of
+from tiny_pipelines import built
+from typer.testing import CliRunner
+
+import accel
+from accel import cli
+from accel.calibrate_search import Target, UnreachableError
+from accel.recipe import Recipe
+
+PROMPTS = ["a cat", "a dog", "a cow", "a fox"]
+
+
+def calibrated(folder=None, prompts=PROMPTS, **options):
+    tiny, _ = built("wan21")
+    target = options or {"psnr": 1}
+    return accel.calibrate(tiny.pipe, prompts, call=call_of(tiny), folder=folder, **target)
+
+
+def runs_in(folder) -> int:
+    rows = json.loads((folder / "trials.json").read_text())["trials"]
+    return sum(map(len, rows.values()))
+
+
+def test_a_recipe_with_its_evidence(tmp_path) -> None:
+    found = calibrated(tmp_path / "runs")
+    tiny, _ = built("wan21")
+    assert "_accel_patch" not in vars(tiny.pipe)
+    assert found.generations <= 40
+    found.save(tmp_path / "recipe.json")
+    recipe = Recipe.load(tmp_path / "recipe.json")
+    row = recipe.measured[0]
+    assert row["validated"] and row["prompts"] == 2 and len(row["psnr_each"]) == 2
+    assert recipe.valid_for.steps == (8, 8)
+    speeds = [choice.speedup for choice in found.front]
+    qualities = [choice.psnr for choice in found.front]
+    assert speeds == sorted(speeds, reverse=True) and qualities == sorted(qualities)
+    with accel.patched(tiny.pipe, recipe=recipe):
+        tiny.pipe(**tiny.call, generator=torch.Generator().manual_seed(0))
+        share = accel.stats(tiny.pipe).share_computed
+    assert share == pytest.approx(row["share_computed"], abs=1e-6)
+    again = calibrated(tmp_path / "runs")
+    assert again.generations == found.generations  # nothing is run twice
+    assert again.recipe.entries == found.recipe.entries
+
+
+def test_a_killed_search_goes_on(tmp_path) -> None:
+    seen = []
+
+    def kill(text: str) -> None:
+        seen.append(text)
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(tmp_path, psnr=1, say=kill)
+    done = runs_in(tmp_path)
+    assert done == 3
+    calibrated(tmp_path)
+    assert runs_in(tmp_path) > done
+    tiny, _ = built("wan21")
+    assert "_accel_patch" not in vars(tiny.pipe)
+
+
+def test_one_prompt_costs_three_generations() -> None:
+    found = calibrated(prompts=["a cat"], psnr=1)
+    assert found.generations <= 3
+    assert not found.recipe.measured[0]["validated"]
+
+
+def test_shards_cover_the_first_rung_and_merge(tmp_path) -> None:
+    for part in (0, 1):
+        folder = tmp_path / str(part)
+        calibrated(folder, psnr=1, shard=(part, 2))
+    one, two = (
+        set(json.loads((tmp_path / part / "trials.json").read_text())["trials"]) for part in "01"
+    )
+    assert one and two and not one & two
+    calibrated(tmp_path / "all", psnr=1, merge=[tmp_path / "0", tmp_path / "1"])
+    assert one | two <= set(json.loads((tmp_path / "all" / "trials.json").read_text())["trials"])
+
+
+def test_what_cannot_be_reached_is_said_with_the_best() -> None:
+    with pytest.raises(UnreachableError, match="the fastest is") as caught:
+        calibrated(prompts=["a cat"], speedup=1000)
+    assert caught.value.calibration.front
+
+
+def test_bad_arguments(tmp_path) -> None:
+    tiny, _ = built("wan21")
+    for options, message in (
+        ({"speedup": 2, "psnr": 30}, "one of"),
+        ({"speedup": 1}, "above 1"),
+        ({"psnr": -3}, "above 0"),
+        ({"quality": "best"}, "accepted: lossless"),
+        ({"shard": (2, 2)}, "shard"),
+    ):
+        with pytest.raises(accel.AccelError, match=message):
+            accel.calibrate(tiny.pipe, ["a cat"], **options)
+    with pytest.raises(accel.AccelError, match="at least one prompt"):
+        accel.calibrate(tiny.pipe, [])
+    (tmp_path / "trials.json").write_text('{"fingerprint": "Other:0"}')
+    with pytest.raises(accel.AccelError, match="another fingerprint"):
+        calibrated(tmp_path)
+
+
+def test_targets_count_the_median_or_nine_of_ten() -> None:
+    values = [30.0, 32.0, 40.0]
+    assert Target.of(None, None, "balanced").decibels(values) == 32
+    assert Target.of(None, 30.0, None).decibels(values) < 30
+    wanted = Target.of(3.0, None, None)
+    assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
+    assert wanted.score(3.1, 31) > wanted.score(3.1, 30)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny, _ = built("wan21")
+    accel.unpatch(tiny.pipe)
+    tiny.pipe.save_pretrained(folder)
+    return folder
+
+
+def test_the_command_ends_with_4_when_nothing_reaches_the_target(model, tmp_path) -> None:
+    prompts, recipe = tmp_path / "prompts.txt", tmp_path / "recipe.json"
+    prompts.write_text("a cat\n")
+    tiny, _ = built("wan21")
+    names = ("height", "width", "num_frames", "max_sequence_length", "negative_prompt")
+    sizes = json.dumps({name: tiny.call[name] for name in names if name in tiny.call})
+    common = ["-m", str(model), "--prompts", str(prompts), "--steps", "8"]
+    common += ["--pipeline-kwargs", sizes, "-o", str(recipe)]
+    result = CliRunner().invoke(cli.app, ["calibrate", *common, "--speedup", "1000"])
+    assert result.exit_code == 4, result.output
+    assert Recipe.load(recipe).front
