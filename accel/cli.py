@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from accel import recipe_cli, report_cli
+from accel import adapters_cli, calibrate_cli, recipe_cli, report_cli, stream_cli
 from accel.method import AccelError
 
 app = typer.Typer(
@@ -24,7 +24,11 @@ app = typer.Typer(
 )
 
 app.add_typer(recipe_cli.app, name="recipe")
+app.add_typer(adapters_cli.app, name="adapters")
 app.command()(report_cli.report)
+app.command()(stream_cli.stream)
+app.command()(calibrate_cli.calibrate)
+app.command()(calibrate_cli.profile)
 
 
 class Format(str, Enum):

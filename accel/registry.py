@@ -85,6 +85,11 @@ FAMILIES: dict[str, str] = {
 }
 
 
+PIPELINES: dict[str, str] = {
+    "stream": "accel.pipelines.stream:StreamPipeline",
+}
+
+
 def _load(table: dict[str, str], name: str, kind: str) -> Any:
     key = name.lower().replace("_", "").replace("-", "")
     if key not in table:
@@ -102,6 +107,11 @@ def method(name: str) -> Any:
 def approximator(name: str) -> Any:
     """The class of an approximator by its name."""
     return _load(APPROXIMATORS, name, "approximator")
+
+
+def pipeline(name: str) -> Any:
+    """The class of a pipeline of our own by its name."""
+    return _load(PIPELINES, name, "pipeline")
 
 
 def family(denoiser: Any) -> Family:

@@ -1,0 +1,38 @@
+"""Frames of a video file or of a folder of pictures, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from accel.method import AccelError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def frames(source: Path, height: int, width: int) -> Iterator[Image.Image]:
+    """RGB pictures of height × width; a folder's files in the order of their names."""
+    if source.is_dir():
+        files = sorted(file for file in source.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise AccelError(f"{source}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
+        for file in files:
+            with Image.open(file) as picture:
+                yield picture.convert("RGB").resize((width, height))
+        return
+    if not source.is_file():
+        raise AccelError(f"{source}: no such file or folder")
+    try:
+        import av
+    except ImportError as error:
+        raise AccelError(
+            "reading videos needs PyAV: pip install 'diffusers-accel[video]'"
+        ) from error
+    try:
+        with av.open(str(source)) as container:
+            for frame in container.decode(video=0):
+                yield frame.to_image().convert("RGB").resize((width, height))
+    except (av.FFmpegError, IndexError) as error:
+        raise AccelError(f"{source}: not a video that can be read ({error})") from error
