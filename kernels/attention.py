@@ -109,7 +109,7 @@ class _Installed:
         self.plan: Plan | None = settings.plan
         self.calibration: Calibration | None = None
         self.measured_run = -1
-        self.refused: dict[tuple[Any, ...], str] = {}
+        self.refused: dict[tuple[Any, ...], str | None] = {}
 
     def handle(self, layers: Sequence[AttentionLayer]) -> Handle:
         """Hook the layers, now and at each run's start; the handle undoes it."""
@@ -160,22 +160,23 @@ class _Installed:
         return self.calibration.attend(call, part, usable)
 
     def _run(self, name: str, call: AttentionCall) -> Tensor:
-        """The kernel, or torch's attention where it cannot run: said once for each shape."""
+        """The kernel, or torch's attention where it cannot run; found out once for each shape."""
         key = (name, signature(call))
         if key not in self.refused:
-            reason = self._why_not(name, call)
-            if reason is None:
-                try:
-                    return KERNELS[name].run(call)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # a compiler's or a vendor's: no run may die of it
-                    reason = f"{type(error).__name__}: {error}"
-            self._refuse(key, reason)
+            self._refuse(key, self._why_not(name, call))
+        if self.refused[key] is None:
+            try:
+                return KERNELS[name].run(call)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler's or a vendor's: no run may die of it
+                self._refuse(key, f"{type(error).__name__}: {error}")
         return call.plain()
 
-    def _refuse(self, key: tuple[Any, ...], reason: str) -> None:
-        if (key[0], reason) not in {(known[0], why) for known, why in self.refused.items()}:
+    def _refuse(self, key: tuple[Any, ...], reason: str | None) -> None:
+        """Remember why, and say it unless it was said of another shape."""
+        said = {(known[0], why) for known, why in self.refused.items()}
+        if reason is not None and (key[0], reason) not in said:
             logger.warning("Attention: %s stays with torch's attention: %s", key[0], reason)
         self.refused[key] = reason
 

@@ -62,9 +62,10 @@ class Fake:
     exact = True
 
     def __init__(self, attend: Any, reason: str | None = None) -> None:
-        self.attend, self.reason = attend, reason
+        self.attend, self.reason, self.asked = attend, reason, 0
 
     def why_not(self, query: torch.Tensor, reference: bool = False) -> str | None:
+        self.asked += 1
         return self.reason
 
     def run(self, call: AttentionCall) -> torch.Tensor:
@@ -104,9 +105,11 @@ def test_chosen_layers_only(monkeypatch) -> None:
         seen.add(call.layer.name)
         return call.plain()
 
-    monkeypatch.setitem(KERNELS, "math", Fake(look))
+    kernel = Fake(look)
+    monkeypatch.setitem(KERNELS, "math", kernel)
     with accel.patched(tiny.pipe, Attention("math", layers=("*.attn1",))):
         run(tiny, num_inference_steps=2)
+    assert kernel.asked == 1  # all these layers have one shape
     names = {layer.name for layer in attention_layers(tiny.pipe.transformer)}
     assert seen == {name for name in names if name.endswith(".attn1")}
 
