@@ -1,8 +1,8 @@
 """What low-bit attention, low-bit linears and sparsity cost in quality on the zoo, on a CPU.
 
-    python benchmarks/zoo_kernels.py --models emoji-video benchmarks/results/zoo-kernels-cpu.json
-    python benchmarks/zoo_kernels.py --sparse benchmarks/results/zoo-nabla-cpu.json
-    python benchmarks/zoo_kernels.py --table benchmarks/results/zoo-kernels-cpu*.json
+    python benchmarks/zoo_kernels.py benchmarks/results/zoo-kernels-cpu.json --models emoji-video
+    python benchmarks/zoo_kernels.py benchmarks/results/zoo-nabla-cpu.json --sparse
+    python benchmarks/zoo_kernels.py benchmarks/results/zoo-kernels-cpu*.json --table
 
 The kernels' torch references run, so that times mean nothing and quality is what a GPU would give
 up to the order of sums. PSNR and feature distance are against the untouched run of the same seed.
@@ -41,7 +41,7 @@ def settings() -> list[tuple[accel.Method, ...]]:
         accel.Attention("adaptive", similarity=0.9999, error=0.015, **LOW_BIT),
     ]
     linears = [accel.Linear(name, **OWN) for name in ("w8a8", "fp8", "int8", "int4")]
-    single = [(each,) for each in (*low_bit, *adaptive, *linears)]
+    single = [(each,) for each in (*linears, *low_bit, *adaptive)]
     return [*single, (low_bit[1], linears[0])]
 
 
@@ -51,8 +51,10 @@ def sparse_settings() -> list[tuple[accel.Method, ...]]:
     return [(accel.NABLA(mass=mass, **shape),) for mass in (0.95, 0.9, 0.8, 0.6, 0.4)]
 
 
-def measure(name: str, count: int, tried: list[tuple[accel.Method, ...]]) -> dict[str, Any]:
-    """Some settings on one model: prompts it was not tuned on, one seed each."""
+def measure(
+    name: str, count: int, tried: list[tuple[accel.Method, ...]]
+) -> Iterator[dict[str, Any]]:
+    """Some settings on one model: prompts it was not tuned on, one seed each; grows row by row."""
     pipe, call, _ = model_zoo.load(name)
     call["num_inference_steps"] = STEPS
     prompts = model_zoo.prompts(name, "heldout").read_text().split("\n")[:count]
@@ -79,12 +81,7 @@ def measure(name: str, count: int, tried: list[tuple[accel.Method, ...]]) -> dic
             }
         )
         print(name, rows[-1]["methods"], rows[-1]["psnr"], flush=True)
-    return {
-        "model": name,
-        "prompts": len(prompts),
-        "steps": call["num_inference_steps"],
-        "rows": rows,
-    }
+        yield {"model": name, "prompts": len(prompts), "steps": STEPS, "rows": rows}
 
 
 @contextmanager
@@ -123,15 +120,17 @@ def table(models: list[dict[str, Any]]) -> str:
     """Markdown: a row for each setting, a column for each model."""
     head = " | ".join(f"{each['model']}, {each['prompts']} prompts" for each in models)
     lines = [f"| settings | {head} |", "|---|" + "---|" * len(models)]
-    for rows in zip(*(each["rows"] for each in models), strict=True):
-        cells = [
-            f"{row['psnr']['median']:.1f} dB (worst {row['psnr']['worst']:.1f}), "
-            f"{row['feature_distance']['median']:.3f}"
-            + (f", {row['blocks_kept']:.0%} kept" if row.get("blocks_kept") else "")
-            for row in rows
-        ]
-        lines.append(f"| `{' + '.join(rows[0]['methods'])}` | {' | '.join(cells)} |")
+    by_name = [{" + ".join(r["methods"]): r for r in each["rows"]} for each in models]
+    for label in dict.fromkeys(label for rows in by_name for label in rows):
+        cells = [_cell(rows[label]) if label in rows else "–" for rows in by_name]
+        lines.append(f"| `{label}` | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    psnr, distance, kept = row["psnr"], row["feature_distance"]["median"], row.get("blocks_kept")
+    share = f", {kept:.0%} kept" if kept else ""
+    return f"{psnr['median']:.1f} dB (worst {psnr['worst']:.1f}), {distance:.3f}{share}"
 
 
 def plans(models: list[dict[str, Any]]) -> str:
@@ -165,15 +164,17 @@ def main() -> None:
     tried = sparse_settings() if asked.sparse else settings()
     options = f"{'--sparse ' * asked.sparse}--models {' '.join(asked.models)}"
     result: dict[str, Any] = {
-        "command": f"python benchmarks/zoo_kernels.py {options} {path}",
+        "command": f"python benchmarks/zoo_kernels.py {path} {options}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": "cpu, torch references of the kernels",
         "versions": versions(),
         "models": [],
     }
     for name in asked.models:
-        result["models"].append(measure(name, asked.prompts, tried))
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        result["models"].append({})
+        for found in measure(name, asked.prompts, tried):
+            result["models"][-1] = found
+            path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
