@@ -21,7 +21,7 @@ def w8a8_triton(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = 
     output = torch.empty(len(rows), outputs, dtype=x.dtype, device=x.device)
     tile = SMALL if len(rows) <= SMALL["BLOCK_M"] else LARGE
     grid = (triton.cdiv(len(rows), tile["BLOCK_M"]), triton.cdiv(outputs, tile["BLOCK_N"]))
-    _multiply[grid](
+    multiply[grid](
         *(quantised, values, row_scale, scale, bias, output),
         *(len(rows), outputs, x.shape[-1]),
         HAS_BIAS=bias is not None,
@@ -36,12 +36,12 @@ def quantise_rows_triton(rows: Tensor) -> tuple[Tensor, Tensor]:
     quantised = torch.empty_like(rows, dtype=torch.int8)
     scale = torch.empty(len(rows), 1, dtype=torch.float32, device=rows.device)
     block = min(triton.next_power_of_2(rows.shape[1]), 4096)
-    _quantise_rows[(len(rows),)](rows, quantised, scale, rows.shape[1], BLOCK=block)
+    quantise_rows[(len(rows),)](rows, quantised, scale, rows.shape[1], BLOCK=block)
     return quantised, scale
 
 
 @triton.jit
-def _quantise_rows(rows, quantised, scale, inputs, BLOCK: tl.constexpr):  # noqa: N803
+def quantise_rows(rows, quantised, scale, inputs, BLOCK: tl.constexpr):  # noqa: N803
     """One program a row: its largest magnitude, then its values."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -61,7 +61,7 @@ def _quantise_rows(rows, quantised, scale, inputs, BLOCK: tl.constexpr):  # noqa
 
 
 @triton.jit
-def _multiply(
+def multiply(
     rows, weight, row_scale, scale, bias, output,
     count, outputs, inputs,
     HAS_BIAS: tl.constexpr,  # noqa: N803

@@ -17,7 +17,7 @@ def mean_distance_triton(new: Tensor, old: Tensor, scale: Tensor | None = None) 
     count = new.numel()
     programs = min(triton.cdiv(count, BLOCK), PROGRAMS)
     partial = torch.zeros(2, programs, dtype=torch.float32, device=new.device)
-    _sums[(programs,)](
+    distance_sums[(programs,)](
         *(new, old, new if scale is None else scale, partial, count, programs),
         SIZE="none" if scale is None else "old" if scale is old else "other",
         BLOCK=BLOCK,
@@ -28,7 +28,7 @@ def mean_distance_triton(new: Tensor, old: Tensor, scale: Tensor | None = None) 
 
 
 @triton.jit
-def _sums(
+def distance_sums(
     new, old, scale, partial, count, programs,
     SIZE: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
