@@ -19,6 +19,9 @@ UNREACHED = 4
 
 Model = Annotated[str, typer.Option("-m", "--model", help="zoo:NAME, a folder or a repository")]
 Prompts = Annotated[Path | None, typer.Option("--prompts", help="one prompt a line")]
+Arguments = Annotated[
+    str, typer.Option("--pipeline-kwargs", help="more arguments of the call, JSON")
+]
 Steps = Annotated[int | None, typer.Option("--steps", min=2, help="sampling steps")]
 
 
@@ -28,6 +31,7 @@ def calibrate(
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(min=1)] = 8,
     steps: Steps = None,
+    pipeline_kwargs: Arguments = "{}",
     speedup: Annotated[float | None, typer.Option(help="at least this speed-up")] = None,
     psnr: Annotated[float | None, typer.Option(help="at least this many dB")] = None,
     quality: Annotated[str | None, typer.Option(help="lossless, balanced or fast")] = None,
@@ -41,7 +45,7 @@ def calibrate(
     from accel.calibrate_search import UnreachableError
     from accel.calibrate_search import calibrate as search
 
-    pipe, call, texts = _loaded(model, prompts, num_prompts, steps)
+    pipe, call, texts = _loaded(model, prompts, num_prompts, steps, pipeline_kwargs)
     try:
         result = search(
             pipe,
@@ -70,17 +74,18 @@ def profile(
     prompts: Prompts = None,
     num_prompts: Annotated[int, typer.Option(min=1)] = 1,
     steps: Steps = None,
+    pipeline_kwargs: Arguments = "{}",
 ) -> None:
     """Record untouched runs, which calibration starts from."""
     from accel.calibrate_profile import profile as record
 
-    pipe, call, texts = _loaded(model, prompts, num_prompts, steps)
+    pipe, call, texts = _loaded(model, prompts, num_prompts, steps, pipeline_kwargs)
     made = record(pipe, texts, call=call, folder=folder)
     print(json.dumps({"fingerprint": made.fingerprint, "prompts": len(made.prompts)}))
 
 
 def _loaded(
-    model: str, prompts: Path | None, count: int, steps: int | None
+    model: str, prompts: Path | None, count: int, steps: int | None, more: str
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """Pipeline, arguments of its call without the prompt, and prompts."""
     from accel import generate, model_zoo
@@ -96,7 +101,14 @@ def _loaded(
     texts = [line.strip() for line in lines if line.strip()][:count]
     if not texts:
         raise AccelError(f"prompts {prompts}: no prompt in it")
-    pipe, call, _ = generate.load(generate.Job(model=model, prompt=texts[0], steps=steps))
+    try:
+        extra = json.loads(more)
+    except json.JSONDecodeError as error:
+        raise AccelError(f"--pipeline-kwargs: not JSON ({error})") from error
+    if not isinstance(extra, dict):
+        raise AccelError("--pipeline-kwargs: must be a JSON object")
+    job = generate.Job(model=model, prompt=texts[0], steps=steps, extra=extra)
+    pipe, call, _ = generate.load(job)
     return pipe, {key: value for key, value in call.items() if key != "prompt"}, texts
 
 

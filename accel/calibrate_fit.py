@@ -32,6 +32,7 @@ KNOBS = {
 """What `fit` turns: a setting, its value that saves nothing, and one that saves much."""
 _LAYERED = {"smoothcache", "blockcaching", "foresight", "bac"}
 _GUIDANCE = ((3, 0.1), (5, 0.1), (10, 0.1), (5, 0.3), (10, 0.3), (20, 0.1))
+_INTERVALS = (2, 3, 4, 5, 6, 8, 10, 12)
 _SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06)
 
 
@@ -150,7 +151,7 @@ def _cycles() -> list[Method]:
     forecasts = ((registry.approximator("holdresidual")(), 1), (newton(1), 3), (newton(2), 4))
     return [
         cycle(interval=interval, warmup=warmup, reuse=reuse)
-        for interval in (2, 3, 4, 5, 6, 8, 10, 12)
+        for interval in _INTERVALS
         for reuse, warmup in forecasts
     ]
 

@@ -196,8 +196,6 @@ class _Search:
                 return
             choice = refine(self.profile, max(left, key=self._rank))
             self.all.append(choice)
-            if self.trials.of(choice):
-                return
             self.trials.run(choice, 0)
 
     def _spread(self, count: int) -> list[Candidate]:
@@ -220,12 +218,20 @@ class _Search:
         return list(keys.values())
 
     def _offset(self, candidate: Candidate) -> float:
-        """dB at a predicted error of 1, from runs with the same kinds of methods, or from all."""
-        kinds = [type(method) for method in candidate.methods]
-        runs = [(each, trial) for each in self._tried() for trial in self.trials.of(each)]
-        alike = [one for one in runs if [type(method) for method in one[0].methods] == kinds]
-        found = [trial.psnr + _decibels(each) for each, trial in alike or runs]
-        return statistics.median(found) if found else _UNKNOWN_OFFSET
+        """dB at a predicted error of 1, from the runs that are most like the candidate.
+
+        Those with the same kinds of methods come first, then those of nearest predicted error.
+        """
+        here, kinds = _decibels(candidate), _kinds(candidate)
+        runs = sorted(
+            (
+                (_kinds(each) != kinds, abs(_decibels(each) - here), trial.psnr + _decibels(each))
+                for each in self._tried()
+                for trial in self.trials.of(each)
+                if trial.prompt == 0
+            ),
+        )[:_NEAREST]
+        return statistics.median(offset for *_, offset in runs) if runs else _UNKNOWN_OFFSET
 
     def _slowness(self) -> float:
         """Measured over predicted speed-up, the median of all runs."""
@@ -316,8 +322,14 @@ class _Search:
         return calibration
 
 
+_NEAREST = 3
+"""Runs that a prediction is corrected by."""
 _UNKNOWN_OFFSET = 30.0
 """dB at a predicted error of 1 before any run; between 25 and 36 on the zoo."""
+
+
+def _kinds(candidate: Candidate) -> list[str]:
+    return [type(method).__name__ for method in candidate.methods]
 
 
 def _decibels(candidate: Candidate) -> float:

@@ -9,11 +9,19 @@ from tiny_pipelines import built
 from typer.testing import CliRunner
 
 import accel
-from accel import cli
+from accel import calibrate_fit, cli
 from accel.calibrate_search import Target, UnreachableError
 from accel.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("_few_candidates")
 PROMPTS = ["a cat", "a dog", "a cow", "a fox"]
+
+
+@pytest.fixture
+def _few_candidates(monkeypatch) -> None:
+    monkeypatch.setattr(calibrate_fit, "_SHARES", (0.7, 0.5, 0.25))
+    monkeypatch.setattr(calibrate_fit, "_GUIDANCE", ((3, 0.1),))
+    monkeypatch.setattr(calibrate_fit, "_INTERVALS", (2, 3))
 
 
 def calibrated(folder=None, prompts=PROMPTS, **options):

@@ -1,0 +1,107 @@
+"""A calibrated recipe against single hand-tuned methods, on final prompts, in one process.
+
+    python benchmarks/calibration.py MODEL RECIPE.json OUT.json [--num-prompts 6]
+
+For every prompt the untouched run comes first and then each point of the recipe's front and each
+single method; speed-ups are ratios within a prompt, so other jobs disturb all alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import accel
+from accel import generate, model_zoo
+from accel.calibrate_profile import write_json
+from accel.calibrate_trials import psnr
+from accel.recipe import Recipe
+
+SINGLES: dict[str, list[Any]] = {
+    "dit": [
+        accel.SeaCache(threshold=0.4),
+        accel.DPCache(share=0.2),
+        accel.DPCache(share=0.12),
+        accel.PlainCycle(interval=8, warmup=3, reuse=accel.Newton(1)),
+    ],
+    "unet": [
+        accel.TaylorSeer(interval=7, lite=True),
+        accel.DPCache(share=0.2),
+        accel.DPCache(share=0.12),
+        accel.PlainCycle(interval=8, warmup=3, reuse=accel.Newton(1)),
+    ],
+}
+"""The best single methods of the committed benchmarks at 30 and 25 dB."""
+
+
+def candidates(pipe: Any, call: dict[str, Any], name: str, recipe: Recipe) -> dict[str, Any]:
+    """Label → methods with their tables, measured on a training prompt."""
+    train = model_zoo.prompts(name, "train").read_text().splitlines()[0]
+    found: dict[str, Any] = {}
+    for number, choice in enumerate(recipe.front):
+        names = " + ".join(type(method).__name__ for method in choice.methods)
+        found[f"calibrated {number}: {names}"] = choice.methods
+    for single in SINGLES["unet" if getattr(pipe, "unet", None) is not None else "dit"]:
+        measure = call | {"prompt": train}
+        settled, _ = generate.settle(pipe, (single,), lambda m=measure: generate.make(pipe, m, 0))
+        found[f"single: {single}"] = settled
+    return found
+
+
+def main() -> None:
+    """From the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=model_zoo.names())
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--num-prompts", type=int, default=6)
+    options = parser.parse_args()
+    pipe, call, _ = model_zoo.load(options.model)
+    lines = model_zoo.prompts(options.model, "final").read_text().splitlines()
+    prompts = lines[: options.num_prompts]
+    methods = candidates(pipe, call, options.model, Recipe.load(options.recipe))
+    rows: dict[str, list[tuple[float, float, float]]] = {label: [] for label in methods}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    for seed, prompt in enumerate(prompts):
+        slow, seconds = generate.make(pipe, call | {"prompt": prompt}, seed)
+        for label, chosen in methods.items():
+            with accel.patched(pipe, *chosen):
+                fast, own = generate.make(pipe, call | {"prompt": prompt}, seed)
+                share = accel.stats(pipe).share_computed
+            rows[label].append((seconds / own, psnr(fast, slow), share))
+        result = {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+            "note": "other jobs ran beside; ratios within one prompt",
+            "versions": {"accel": accel.__version__, **versions},
+            "model": options.model,
+            "prompts": seed + 1,
+            "rows": [summary(label, found) for label, found in rows.items()],
+        }
+        write_json(options.output, result)
+    for row in result["rows"]:
+        print(f"{row['name'][:70]:<70} {row['speedup']:.2f}x {row['psnr']:.1f} dB")
+
+
+def summary(label: str, found: list[tuple[float, float, float]]) -> dict[str, Any]:
+    """Medians over prompts, and every value."""
+    speeds, decibels, shares = zip(*found, strict=True)
+    return {
+        "name": label,
+        "speedup": statistics.median(speeds),
+        "speedup_spread": [min(speeds), max(speeds)],
+        "psnr": statistics.median(decibels),
+        "psnr_each": [round(value, 2) for value in decibels],
+        "share_computed": statistics.median(shares),
+    }
+
+
+if __name__ == "__main__":
+    main()
