@@ -154,7 +154,7 @@ class _Watch:
         arguments = chain.arguments(index, args, kwargs)
         before = chain.inputs(arguments)[0]
         began, own = _now(before), self.own
-        if index == 0:
+        if index == 0 and before is not None:
             self._enter(arguments, before)
             self.began, self.own_then = _now(before), self.own
         output = chain.learn(index, arguments, run(*args, **kwargs))

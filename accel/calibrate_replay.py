@@ -109,6 +109,9 @@ class Replay:
         return rest + sum(call - stack + stack * row.blocks_run / row.blocks for row in own)
 
 
+_FUSED = ("proj_mlp", "attn")
+
+
 class _Layer(torch.nn.Module):
     """An attention or MLP layer that returns its recorded output."""
 
@@ -133,7 +136,7 @@ class _Block(torch.nn.Module):
     def add_layer(self, name: str, values: dict[str, Tensor], gain: float) -> None:
         """A layer whose error enters the residual `gain` times."""
         if name == "proj_out":  # a fused layer is known by its three parts
-            for part in ("proj_mlp", "attn"):
+            for part in _FUSED:
                 self.add_module(part, torch.nn.Identity())
         self.add_module(name, _Layer(values))
         self.layers.append((name, gain))
@@ -145,8 +148,8 @@ class _Block(torch.nn.Module):
             layer = getattr(self, name)
             layer.value = true = layer.values[branch][step][None]
             if name == "proj_out":
-                self.proj_mlp(hidden_states)
-                self.attn(hidden_states)
+                for part in _FUSED:
+                    getattr(self, part)(hidden_states)
             change = change + gain * (layer(hidden_states) - true)
         return hidden_states + change
 
@@ -193,10 +196,15 @@ class _Recorded(torch.nn.Module):
         step, branch = self.now
         hidden = self.entry[branch][step][None]
         for block in self.blocks:
-            block.now, block.observed = self.now, self.observed[branch][step]
+            _stand(block, self.now, self.observed[branch][step])
             hidden = block(hidden)
         true = self.entry[branch][step] + self.stack[branch][step]
         return (self.prediction[branch][step] + self.gain * (hidden - true),)
+
+
+def _stand(block: Any, now: tuple[int, str], observed: Tensor) -> None:
+    """Tell a block where the run stands."""
+    block.now, block.observed = now, observed
 
 
 def _observe(block: Any, _: Arguments) -> Any:

@@ -147,8 +147,8 @@ class Trials:
 
 def psnr(picture: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
     """dB, at most 100."""
-    pair = (torch.from_numpy(each) / 255 for each in (picture, reference))
-    return min(metrics.psnr(*pair), _MOST_DB)
+    a, b = torch.from_numpy(picture) / 255, torch.from_numpy(reference) / 255
+    return min(metrics.psnr(a, b), _MOST_DB)
 
 
 def label(candidate: Candidate) -> str:
@@ -159,7 +159,7 @@ def label(candidate: Candidate) -> str:
 
 def median(trials: Sequence[Trial], name: str) -> float:
     """The median of a field over trials."""
-    return statistics.median(getattr(each, name) for each in trials)
+    return float(statistics.median(getattr(each, name) for each in trials))
 
 
 class Deadline:
