@@ -82,7 +82,7 @@ class QuantisedWeight(torch.Tensor):
         name, compute, dtype = context
         return _built(parts["codes"], parts["scale"], name, compute, shape, dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantisedWeight({self.format}, {tuple(self.shape)})"
 
 

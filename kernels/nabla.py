@@ -107,7 +107,8 @@ def kept_blocks(
     share, place = scores.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = share.cumsum(-1) - share
     wanted = (before < mass) | (mass == 1)  # sums of shares may round to 1 too early
-    return torch.zeros_like(wanted).scatter(-1, place, wanted)
+    kept: Tensor = torch.zeros_like(wanted).scatter(-1, place, wanted)
+    return kept
 
 
 def _block_means(tensor: Tensor, size: int) -> Tensor:
@@ -158,8 +159,7 @@ class _Sparse:
             mask[:, :, words:] = True
             mask[..., words:] = True
         self.kept.append(mask.float().mean())
-        options = {"block_size": size, "scale": call.scale}
-        output = block_sparse_attention(query, key, value, mask, **options)
+        output = block_sparse_attention(query, key, value, mask, block_size=size, scale=call.scale)
         return output.index_select(2, inverse)
 
     def _why_not(self, call: AttentionCall, grid: Grid) -> str | None:
