@@ -117,7 +117,8 @@ def _block_means(tensor: Tensor, size: int) -> Tensor:
     blocks = pad(tensor.float(), (0, 0, 0, -tokens % size)).unflatten(2, (-1, size))
     counts = blocks.new_full((blocks.shape[2], 1), size)
     counts[-1] = (tokens - 1) % size + 1
-    return blocks.sum(3) / counts
+    means: Tensor = blocks.sum(3) / counts
+    return means
 
 
 class _Sparse:
