@@ -17,7 +17,7 @@ PARTS = ("caches", "samplers", "kernels", "pipelines")
 CONTRACTS = {
     *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
     *("block_calls", "geometry", "guard", "guidance", "adapters", "model_calls", "sublayer"),
-    *("memory_budget", "optimal_steps"),
+    *("memory_budget", "optimal_steps", "similarity_filter", "stream_batch", "stream_session"),
     *("layout", "noise_levels", "staging", "transitions"),
     "attention_calls",
 }
