@@ -17,6 +17,7 @@ from accel import registry
 from accel.adapters import VARIANTS, AdapterConfig, Adapters, width_of
 from accel.chain import Chain, parameters
 from accel.family import ENCODER, Family
+from accel.geometry import prediction_kind
 from accel.loading import Loading, load
 from accel.method import AccelError, check, is_count, is_number
 from accel.sublayer import sublayers
@@ -59,14 +60,20 @@ class Training:
 class Pool:
     """States of guided runs: `inputs` by argument name and the branches' predictions, all (n, …).
 
-    `gap` is the mean square of cond − uncond at a state's step, over the prompts that ran together.
+    `weight` is what an error of the prediction counts: as an error of the velocity α·ε − σ·x, which
+    moves the picture alike at every noise level.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
     cond: Tensor = field(default_factory=Tensor)
     uncond: Tensor = field(default_factory=Tensor)
-    gap: Tensor = field(default_factory=Tensor)
+    weight: Tensor = field(default_factory=Tensor)
     fixed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def change(self) -> Tensor:
+        """What guidance changes in each state, (n,): the weighted mean square of cond − uncond."""
+        return self.weight * (self.cond - self.uncond).square().flatten(1).mean(1)
 
 
 class Recorder:
@@ -134,7 +141,9 @@ class Trainer:
             say(f"guided runs {(index + 1) * self.plan.batch} of {calls * self.plan.batch}")
         pool = Pool(
             {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
-            *(torch.cat([getattr(p, kind) for p in parts]) for kind in ("cond", "uncond", "gap")),
+            cond=torch.cat([part.cond for part in parts]),
+            uncond=torch.cat([part.uncond for part in parts]),
+            weight=torch.cat([part.weight for part in parts]),
             fixed=parts[0].fixed,
         )
         self.work.mkdir(parents=True, exist_ok=True)
@@ -161,7 +170,9 @@ class Trainer:
             hook.remove()
         if not recorder.states:
             raise AccelError(f"{type(self.pipe).__name__} did not guide: no branches were seen")
-        return _gathered(recorder.states, self.plan.batch)
+        pool = _gathered(recorder.states, self.plan.batch)
+        pool.weight = velocity_weight(self.pipe.scheduler, pool.inputs["timestep"])
+        return pool
 
     def _call(self, scale: float, steps: int) -> dict[str, Any]:
         accepted = inspect.signature(self.pipe.__call__).parameters
@@ -190,25 +201,20 @@ class Trainer:
             )
         )
 
-    def error(self, adapters: Adapters, pool: Pool, rows: Tensor, scale: Tensor) -> Tensor:
-        """Mean square error of the guided prediction, as a share of what guidance changes."""
+    def errors(self, adapters: Adapters, pool: Pool, rows: Tensor, scale: Tensor) -> Tensor:
+        """Weighted mean square errors of the guided predictions, (rows,)."""
         adapters.guidance = scale
         inputs = {name: value[rows] for name, value in pool.inputs.items()}
         found = self.module(**{**pool.fixed, **inputs, "return_dict": False})[0]
         cond, uncond = pool.cond[rows], pool.uncond[rows]
         wide = scale.reshape(-1, *[1] * (cond.dim() - 1))
         errors = (found - uncond - wide * (cond - uncond)).square().flatten(1).mean(1)
-        return (errors / pool.gap[rows]).mean() / self._mean_square()
-
-    def _mean_square(self) -> float:
-        """Mean of (ω − 1)² over the range of scales."""
-        low, high = (scale - 1 for scale in self.plan.scales)
-        return (high**3 - low**3) / (3 * (high - low))
+        return errors * pool.weight[rows]  # type: ignore[no-any-return]
 
     def train(self, say: Callable[[str], None]) -> tuple[Adapters, dict[str, float]]:
         """Train, or go on; returns the adapters and what is known about the training."""
         pool = self.pool(say)
-        held = len(pool.cond) // 16
+        changed = pool.change
         adapters = self.new_adapters(pool)
         optimiser = torch.optim.AdamW(adapters.parameters(), lr=self.plan.lr, weight_decay=0.0)
         state = {"step": 0.0, "seconds": 0.0}
@@ -223,15 +229,15 @@ class Trainer:
         try:
             while state["seconds"] < 60 * self.plan.minutes:
                 began = time.monotonic()
-                self._step(adapters, optimiser, pool, held, state)
+                self._step(adapters, optimiser, pool, changed, state)
                 state["step"] += 1
                 state["seconds"] += time.monotonic() - began
                 if state["step"] % 50 == 0:
                     self._save(file, adapters, optimiser, state)
-                    state["held_error"] = self._held(adapters, pool, held)
+                    state["held_error"] = self._held(adapters, pool, changed)
                     say(" ".join(f"{name} {value:.4g}" for name, value in state.items()))
             self._save(file, adapters, optimiser, state)
-            state["held_error"] = self._held(adapters, pool, held)
+            state["held_error"] = self._held(adapters, pool, changed)
         finally:
             handle.remove()
         return adapters, state
@@ -241,32 +247,46 @@ class Trainer:
         adapters: Adapters,
         optimiser: torch.optim.Optimizer,
         pool: Pool,
-        held: int,
+        changed: Tensor,
         state: dict[str, float],
     ) -> None:
-        """One update on rows of the pool; a row's scale is drawn anew each time."""
+        """One update on rows of the pool; a row's scale is drawn anew each time.
+
+        Rows are drawn in proportion to the root of what guidance changes in them and weighted by
+        its inverse: few noisy states hold most of the loss. An error counts as a share of what its
+        scale changes. The first run is held out.
+        """
         plan, done = self.plan, state["seconds"] / (60 * self.plan.minutes)
         warm = min(1.0, (state["step"] + 1) / 50)
         for group in optimiser.param_groups:
             group["lr"] = plan.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        rows = torch.randint(held, len(pool.cond), (plan.batch,), generator=self.generator)
+        chance = changed.sqrt()
+        chance[: self._held_rows(pool)] = 0
+        rows = torch.multinomial(chance, plan.batch, replacement=True, generator=self.generator)
         low, high = plan.scales
         scale = low + (high - low) * torch.rand(plan.batch, generator=self.generator)
-        loss = self.error(adapters, pool, rows, scale)
-        loss.backward()  # type: ignore[no-untyped-call]
+        size = chance[rows] * (1 + (scale - 1).square())
+        errors = self.errors(adapters, pool, rows, scale) / size
+        loss = errors.mean() / (changed[rows] / chance[rows]).mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(adapters.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         share = 0.98 if state["step"] else 0.0
         state["error"] = share * state.get("error", 0.0) + (1 - share) * float(loss.detach())
 
+    def _held_rows(self, pool: Pool) -> int:
+        return max(len(pool.cond) // 16, 1)
+
     @torch.no_grad()
-    def _held(self, adapters: Adapters, pool: Pool, held: int) -> float:
-        """The error on states that are not trained on, 64 of them at spread scales."""
-        rows = torch.linspace(0, held - 1, min(held, 64)).long()
+    def _held(self, adapters: Adapters, pool: Pool, changed: Tensor) -> float:
+        """The error on 64 states that are not trained on, as a share of what guidance changes."""
+        last = self._held_rows(pool) - 1
+        rows = torch.linspace(0, last, min(last + 1, 64)).long()
         low, high = self.plan.scales
         scale = low + (high - low) * (torch.arange(len(rows)) * 0.618 % 1)
-        return float(self.error(adapters, pool, rows, scale))
+        errors = self.errors(adapters, pool, rows, scale)
+        return float(errors.sum() / (changed[rows] * (scale - 1).square()).sum())
 
     def _save(
         self,
@@ -286,14 +306,24 @@ class Trainer:
         part.replace(file)
 
 
+def velocity_weight(scheduler: Any, timesteps: Tensor) -> Tensor:
+    """What an error of the prediction counts as one of the velocity: 1/ᾱ for noise, else 1."""
+    if prediction_kind(scheduler) != "epsilon":
+        return torch.ones(len(timesteps))
+    kept: Tensor = scheduler.alphas_cumprod[timesteps.long()]
+    return 1 / kept.float().clamp(min=1e-3)
+
+
 def hosts(module: Any, family: Family) -> dict[str, int]:
     """Paths and channels of the attention layers that get an adapter.
 
-    Every self- or joint attention; in a U-Net, which has few, every cross-attention too.
+    Every cross-attention, as in the paper, or where there is none every joint attention; in a
+    U-Net, which has few, every self-attention too.
     """
-    kinds = ("self", "fused", *(("cross",) if family.name == "unet" else ()))
     names = {id(part): name for name, part in module.named_modules()}
     layers = sublayers(Chain(module, family), "AGD")
+    crossing = any(layer.kind == "cross" for layer in layers) and family.name != "unet"
+    kinds = ("cross",) if crossing else ("self", "cross", "fused")
     chosen = [
         layer.modules[1] if layer.kind == "fused" else layer.modules[0]
         for layer in layers
@@ -311,12 +341,10 @@ def _gathered(states: list[tuple[dict[str, Any], Tensor, Tensor]], batch: int) -
     inputs = {name: torch.cat([state[0][name] for state in states]) for name in rows}
     times = [torch.as_tensor(state[0]["timestep"]).expand(batch) for state in states]
     inputs["timestep"] = torch.cat(times).float()
-    gaps = [(cond - uncond).square().mean().expand(batch) for _, cond, uncond in states]
     return Pool(
         inputs=inputs,
         cond=torch.cat([state[1] for state in states]),
         uncond=torch.cat([state[2] for state in states]),
-        gap=torch.cat(gaps),
         fixed={name: value for name, value in first.items() if name not in inputs},
     )
 

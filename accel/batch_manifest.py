@@ -67,9 +67,9 @@ class Manifest:
         if row is None or row.get("status") != "done" or row.get("id") != job:
             return False
         path = self.folder / row["file"]
-        return (
-            path.is_file() and path.stat().st_size == row["bytes"] and sha256(path) == row["sha256"]
-        )
+        if not path.is_file() or path.stat().st_size != row["bytes"]:
+            return False
+        return bool(sha256(path) == row["sha256"])
 
 
 def sha256(path: Path) -> str:

@@ -172,9 +172,9 @@ def _sample(run: Run, wish: Wish, pipe: Any, call: dict[str, Any], fps: int) -> 
         stepped(0)
         return generate.make(pipe, call | _watching(pipe, stepped), wish.job.seed)
 
-    if wish.methods == ():
-        methods, recipe = (), Recipe(entries=())
-    else:
+    methods: tuple[Any, ...] = ()
+    recipe = Recipe(entries=())
+    if wish.methods != ():
         methods, recipe = generate.settle(
             pipe, wish.methods or (), lambda: make("measuring the model once")
         )

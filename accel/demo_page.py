@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import random
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from accel.method import AccelError
 from accel.recipe import FILE_NAME, Recipe
 
 MAX_STEPS, MAX_PROMPT, HISTORY, KEPT_FILES = 100, 1000, 12, 50
+REDRAW = 0.25
+"""Least seconds between two drawings: they take time from the run that is being measured."""
 
 
 class Page:
@@ -46,7 +49,7 @@ class Page:
                 with gr.Column(scale=7, min_width=460):
                     self._build_results()
             self._connect(page)
-        return page
+        return page  # type: ignore[no-any-return]
 
     # --- layout ------------------------------------------------------------------------------
 
@@ -90,7 +93,7 @@ class Page:
             ["none", *forms.methods(guidance=True)], value="none", label="Guidance policy beside it"
         )
 
-        @gr.render(inputs=[self.method, self.guidance])
+        @gr.render(inputs=[self.method, self.guidance])  # type: ignore[untyped-decorator]
         def form(method: str | None, guidance: str) -> None:
             names = [name for name in (method, guidance) if name and name != "none"]
             inputs = [[_component(name, item) for item in forms.fields(name)] for name in names]
@@ -118,8 +121,9 @@ class Page:
         )
         self.figures = gr.HTML(elem_id="figures")
         self.heat = gr.HTML(EMPTY, elem_id="heat")
+        gr.HTML('<div class="accel-status">History: click to look again</div>')
         self.gallery = gr.Gallery(
-            label="History (click to look again)",
+            show_label=False,
             columns=6,
             height=180,
             elem_id="history",
@@ -163,6 +167,7 @@ class Page:
             ],
             [*self._shown_in(), self.status, self.history, self.gallery, self.recipe],
             show_progress="hidden",
+            show_progress_on=[self.status],
             api_name="generate",
         )
         self.halt.click(self._stop, None, self.status, cancels=[made], **quick)
@@ -186,11 +191,13 @@ class Page:
         try:
             wish = self._wish(model, prompt, seed, steps, compare, recipe)
             run = self._runs[request.session_hash] = self._engine.start(wish)
+            drawn = 0.0
             for news in run:
                 if isinstance(news, Outcome):
                     history = [news, *history][:HISTORY]
                     yield self._done(news, history)
-                else:
+                elif time.monotonic() - drawn > REDRAW:
+                    drawn = time.monotonic()
                     yield self._going_on(news)
         except AccelError as error:
             raise gr.Error(str(error), duration=None) from error
@@ -224,7 +231,7 @@ class Page:
             **dict(zip(self._shown_in(), self._shown(outcome), strict=True)),
             self.status: view.message(text),
             self.history: history,
-            self.gallery: gr.Gallery([(view.thumbnail(it), view.caption(it)) for it in history]),
+            self.gallery: [(view.thumbnail(it), view.caption(it)) for it in history],
             self.recipe: forms.write(outcome.recipe),
         }
 
@@ -333,7 +340,7 @@ def _loaded(content: bytes) -> str:
 def _told(make: Any) -> str:
     """What `make` gives; what it refuses is shown to the visitor."""
     try:
-        return make()
+        return str(make())
     except AccelError as error:
         raise gr.Error(str(error)) from error
 

@@ -30,6 +30,8 @@ CSS = """
 .accel-status {font-size: .95rem; padding: .3rem 0; min-height: 2.4rem}
 .accel-bar {height: 6px; border-radius: 3px; margin-top: .4rem; background: #8883}
 .accel-bar i {display: block; height: 100%; border-radius: 3px; background: #4f46e5}
+#history .grid-container {grid-template-columns: repeat(6, 1fr) !important}
+#history .grid-wrap {min-height: 0} #history .thumbnail-item {max-width: 140px}
 .accel-heat {padding: .4rem 0}
 .accel-scroll {overflow-x: auto}
 .accel-empty {opacity: .6; font-size: .9rem}
@@ -37,7 +39,7 @@ CSS = """
 .accel-legend i {display: inline-block; width: 11px; height: 11px; border-radius: 3px;
   margin-right: .35rem; vertical-align: -1px}
 .accel-tiles {display: grid; gap: .5rem;
-  grid-template-columns: repeat(auto-fit, minmax(118px, 1fr))}
+  grid-template-columns: repeat(auto-fit, minmax(150px, 1fr))}
 .accel-tile {border: 1px solid #8883; border-radius: 8px; padding: .5rem .7rem; display: flex;
   flex-direction: column}
 .accel-tile small {opacity: .7} .accel-tile b {font-size: 1.3rem; line-height: 1.5rem}

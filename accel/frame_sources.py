@@ -33,6 +33,7 @@ def frames(source: Path, height: int, width: int) -> Iterator[Image.Image]:
     try:
         with av.open(str(source)) as container:
             for frame in container.decode(video=0):
-                yield frame.to_image().convert("RGB").resize((width, height))
+                image: Image.Image = frame.to_image()  # type: ignore[no-untyped-call]
+                yield image.convert("RGB").resize((width, height))
     except (av.FFmpegError, IndexError) as error:
         raise AccelError(f"{source}: not a video that can be read ({error})") from error

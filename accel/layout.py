@@ -140,9 +140,9 @@ class Form:
             return places
         assert grid is not None  # only packed tokens may form no grid
         if self.flat:
-            return places.unflatten(2, grid[1:])
+            return places.unflatten(2, grid[1:])  # type: ignore[no-any-return]
         x = places.unflatten(2, grid)
-        return x.transpose(1, 2) if self.frames_first else x
+        return x.transpose(1, 2) if self.frames_first else x  # type: ignore[no-any-return]
 
     def take(self, x: Tensor, layout: Layout) -> Tensor:
         """The live part of a full-size tensor."""
@@ -161,13 +161,13 @@ class Form:
     def planes(self, x: Tensor, grid: Grid) -> Tensor:
         """(batch, channels, frames, rows, columns) of latent pixels."""
         if not self.packed:
-            return self.places(x).unflatten(2, grid)
+            return self.places(x).unflatten(2, grid)  # type: ignore[no-any-return]
         cells = x.unflatten(2, (-1, self.patch, self.patch)).unflatten(1, grid)
-        return cells.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+        return cells.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # type: ignore[no-any-return]
 
     def tokens(self, planes: Tensor) -> Tensor:
         """The inverse of `planes`."""
         if not self.packed:
             return self.shaped(planes.flatten(2), (planes.shape[2], *planes.shape[3:]))
         cells = planes.unflatten(4, (-1, self.patch)).unflatten(3, (-1, self.patch))
-        return cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)
+        return cells.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)  # type: ignore[no-any-return]

@@ -350,10 +350,11 @@ class StagedRun:
                 self.initial,
                 self,
             )
-            self.layout, noisy = self.method.cross(crossing)
+            layout, noisy = self.method.cross(crossing)
+            self.layout = layout
             self._forget(scheduler)
         self.step += 1
-        return dressed(result)(form.put(noisy.to(sample.dtype), self.layout))
+        return dressed(result)(form.put(noisy.to(sample.dtype), layout))
 
     def _forget(self, scheduler: Any) -> None:
         """A stage begins: solver histories and everything that is cached are of another size."""

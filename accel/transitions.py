@@ -87,4 +87,4 @@ def resize(planes: Tensor, rows: int, columns: int) -> Tensor:
         flat = functional.interpolate(flat, (rows, columns), mode="area")
     else:
         flat = functional.interpolate(flat, (rows, columns), mode="bicubic", align_corners=False)
-    return flat.unflatten(0, (batch, frames)).transpose(1, 2)
+    return flat.unflatten(0, (batch, frames)).transpose(1, 2)  # type: ignore[no-any-return]

@@ -48,13 +48,7 @@ def command(options: argparse.Namespace, folder: Path, workers: int) -> dict[str
     began = time.time()
     subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "accel",
-                "batch",
-                prompts(options.model, options.items, folder),
-            ),
+            *(sys.executable, "-m", "accel", "batch", source),
             *("-m", f"zoo:{options.model}", "--steps", str(options.steps), "-o", str(output)),
             *("--workers", str(workers)),
         ],
@@ -165,7 +159,7 @@ def work_on_core(options: argparse.Namespace) -> None:
     """One of the workers of `measure_unlike`."""
     os.sched_setaffinity(0, {options.core})
     from accel import batch
-        from accel.batch_plan import Plan
+    from accel.batch_plan import Plan
     from accel.batch_worker import Worker
 
     plan = Plan.from_json(options.output.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Scores of zoo models when methods take the guidance branch's place, and what they save.
 
-    python benchmarks/guidance_scores.py benchmarks/results/emoji-video-agd.json \\
+    python -m benchmarks.guidance_scores benchmarks/results/emoji-video-agd.json \\
         --model emoji-video --rows "AGD()" plain "CfgCache(interval=10)"
 
 The first row is always the untouched guided run, "plain" the same without guidance. Every row has
@@ -161,7 +161,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = Model(options.model, options.part, options.clips, options.scale)
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.guidance_scores", *sys.argv[1:]]),
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": 1},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
         "model": options.model,

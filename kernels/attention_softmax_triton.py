@@ -1,3 +1,5 @@
+# ruff: noqa: N803 -- Triton's compile-time arguments are capitals
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """The online softmax that all Triton attention kernels share, and their common small pieces."""
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def dense_last_axis(tensor: torch.Tensor) -> torch.Tensor:
 
 def padded_dim(head_dim: int) -> int:
     """The head dimension inside kernels: the next power of two from 16."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, triton.next_power_of_2(head_dim))  # type: ignore[no-any-return]
 
 
 def capability_of(tensor: torch.Tensor) -> int:

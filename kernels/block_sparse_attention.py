@@ -97,13 +97,15 @@ def block_sparse_reference(
         for some in rows.split(max(1, _GATHERED_ELEMENTS // (2 * count * block_size * dim))):
             wanted = first[some, None] + listed[some, :count]
             kept = slice(0, count * block_size - (missing if short else 0))
-            gathered = (x[wanted].flatten(1, 2)[None, :, kept] for x in (key_blocks, value_blocks))
+            keys, values = (
+                x[wanted].flatten(1, 2)[None, :, kept] for x in (key_blocks, value_blocks)
+            )
             output[some] = scaled_dot_product_attention(
-                query_blocks[some][None], *gathered, scale=scale
+                query_blocks[some][None], keys, values, scale=scale
             )[0]
     return output.view(batch, heads, -1, dim)[:, :, :queries]
 
 
 def _in_blocks(tensor: Tensor, block_size: int) -> Tensor:
     """(batch, heads, tokens, dim) as (batch, heads, blocks, block_size, dim), zeros at the end."""
-    return pad(tensor, (0, 0, 0, -tensor.shape[2] % block_size)).unflatten(2, (-1, block_size))
+    return pad(tensor, (0, 0, 0, -tensor.shape[2] % block_size)).unflatten(2, (-1, block_size))  # type: ignore[no-any-return]

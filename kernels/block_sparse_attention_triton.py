@@ -1,3 +1,5 @@
+# ruff: noqa: N803 -- Triton's compile-time arguments are capitals
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """Block-sparse attention in Triton: one program owns a block of queries and walks its key list."""
 
 from __future__ import annotations
@@ -7,7 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from accel.kernels.attention_inputs import LOG2_E, output_like, softmax_scale
-from accel.kernels.attention_softmax_triton import LOWEST, dense_last_axis, padded_dim, strides
+from accel.kernels.attention_softmax_triton import (
+    LOWEST,
+    capability_of,
+    dense_last_axis,
+    padded_dim,
+    strides,
+)
 from accel.kernels.block_sparse_attention import block_lists
 from accel.kernels.flash_attention_triton import attend_block, load_rows, store_rows
 
@@ -95,7 +103,9 @@ def block_sparse_triton(
     batch, heads, queries, dim = query.shape
     counts, listed = block_lists(block_mask)
     output = output_like(query)
-    warps, stages = launch_shape(block_size, dim, query.dtype.itemsize)
+    warps, stages = launch_shape(
+        block_size, padded_dim(dim), query.dtype.itemsize, capability_of(query)
+    )
     block_sparse_forward[(counts.shape[2], batch * heads)](
         *(query, key, value, counts.contiguous(), listed.contiguous(), output),
         *(*strides(query), *strides(key), *strides(value), *strides(output)),
@@ -111,7 +121,8 @@ def block_sparse_triton(
     return output
 
 
-def launch_shape(block_size: int, head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Warps and pipeline stages."""
-    wide = padded_dim(head_dim) * itemsize
-    return (8 if block_size == 128 else 4), (3 if wide * block_size <= 2**13 else 2)
+def launch_shape(block_size: int, dim: int, itemsize: int, capability: int) -> tuple[int, int]:
+    """Warps and pipeline stages: as many stages as shared memory holds."""
+    tiles = dim * itemsize * block_size // 1024  # KB of one block of Q, K or V
+    room = {80: 160, 90: 224}.get(capability, 96)
+    return (8 if block_size == 128 else 4), max(1, min(3, (room - tiles) // (2 * tiles)))

@@ -6,6 +6,8 @@ not take. On Hopper the vendors' kernels are faster than any Triton form at half
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -37,10 +39,11 @@ def flash_attention(
     """
     query, key, value = to_heads_first(layout, query, key, value)
     check_inputs(query, key, value)
+    attend: Callable[..., Tensor] = attention_reference
     if why_not(query) is None:
-        from accel.kernels.flash_attention_triton import flash_attention_triton as attend
-    else:
-        attend = attention_reference
+        from accel.kernels.flash_attention_triton import flash_attention_triton
+
+        attend = flash_attention_triton
     output = attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
     return to_heads_first(layout, output)[0]
 

@@ -98,10 +98,8 @@ def sage_int4(
     """
     query, key, value = to_heads_first(layout, query, key, value)
     check_inputs(query, key, value)
-    output = _by_reference(
-        *(query, key, value, is_causal),
-        **{"attn_mask": attn_mask, "scale": scale, "smoothing": smoothing, "bits": 4},
-    )
+    settings: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "smoothing": smoothing}
+    output = _by_reference(query, key, value, is_causal, bits=4, **settings)
     return to_heads_first(layout, output)[0]
 
 

@@ -132,7 +132,7 @@ def in_blocks(tensor: Tensor, block: int) -> Tensor:
     padding = -tensor.shape[2] % block
     if padding:
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, padding))
-    return tensor.unflatten(2, (-1, block))
+    return tensor.unflatten(2, (-1, block))  # type: ignore[no-any-return]
 
 
 def round_rows(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:

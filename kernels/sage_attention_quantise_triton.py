@@ -1,3 +1,5 @@
+# ruff: noqa: N803 -- Triton's compile-time arguments are capitals
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """SageAttention's rounding in Triton: one pass that smooths, scales, rounds and lays out.
 
 Makes the same `Quantised` as sage_attention_quantise.quantise, padded as the kernel loads it: K and
@@ -106,7 +108,7 @@ def round_e4m3_transposed(
     HAS_MEAN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Grid (blocks, batch · heads): (source − mean) / scale of its channel, as (head_dim, tokens)."""
+    """Grid (blocks, batch · heads): (source − mean) / channel scale, as (head_dim, tokens)."""
     block, row_head = tl.program_id(0), tl.cast(tl.program_id(1), tl.int64)
     batch, head = row_head // heads, row_head % heads
     rows, dims = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)

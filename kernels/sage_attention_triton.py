@@ -1,3 +1,5 @@
+# ruff: noqa: N803 -- Triton's compile-time arguments are capitals
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 """SageAttention in Triton: INT8 scores, then PV in half precision or in e4m3.
 
 The e4m3 product is summed on two levels, since the tensor cores keep only about 22 bits of a
@@ -72,7 +74,7 @@ def sage_block(
     FP8: tl.constexpr,
     FP16_SUM: tl.constexpr,
 ):
-    """One block of keys from `start`; keys and e4m3 values are padded, so only scores are masked."""
+    """One block of keys from `start`; keys and e4m3 values are padded: only scores are masked."""
     columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = start + columns < keys
     first = tl.cast(start, tl.int64)
@@ -87,9 +89,9 @@ def sage_block(
     added = factor
     if HAS_BIAS:
         added = tl.load(bias + start + columns, mask=inside, other=0.0)
-    LIFT: tl.constexpr = 8.807354922057604 if FP8 else 0.0  # log₂ 448: P fills e4m3's range
+    # log₂ 448 lifts P from [0, 1] to e4m3's range.
     weights, shrink, highest, total = softmax_step(
-        products, factor, added, highest, total, HAS_BIAS, LIFT
+        products, factor, added, highest, total, HAS_BIAS, 8.807354922057604 if FP8 else 0.0
     )
     output = output * shrink[:, None]
     if FP8:
@@ -147,7 +149,7 @@ def sage_forward(
     FP8: tl.constexpr,
     FP16_SUM: tl.constexpr,
 ):
-    """Grid (query blocks, batch · heads); tensors as in `Quantised`, laid out by quantise_triton."""
+    """Grid (query blocks, batch · heads); tensors as `quantise_triton` lays them out."""
     first = tl.program_id(0) * BLOCK_M
     row_head = tl.cast(tl.program_id(1), tl.int64)
     batch, head = row_head // heads, row_head % heads

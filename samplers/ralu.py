@@ -122,8 +122,8 @@ class RALU:
 
 def shifted(start: float, end: float, steps: int, shift: float) -> Sigmas:
     """`steps` + 1 levels that are evenly spaced before the timestep shift."""
-    plain = [sigma / (shift - (shift - 1) * sigma) for sigma in (start, end)]
-    line = torch.linspace(*plain, steps + 1, dtype=torch.float64)
+    first, last = (sigma / (shift - (shift - 1) * sigma) for sigma in (start, end))
+    line = torch.linspace(first, last, steps + 1, dtype=torch.float64)
     inner = (shift * line / (1 + (shift - 1) * line)).tolist()[1:-1]
     return (start, *inner, end)
 

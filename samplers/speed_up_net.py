@@ -100,7 +100,7 @@ class NegativeAttention(nn.Module):
         found = functional.scaled_dot_product_attention(query, key, value)
         norms = [each.flatten(1).norm(dim=1)[:, None, None, None] for each in (beside, found)]
         scale, shift = (each.view(heads, 1, -1) for each in (self.scale, self.shift))
-        return scale * found * (norms[0] / norms[1].clamp(min=1e-6)) + shift
+        return scale * found * (norms[0] / norms[1].clamp(min=1e-6)) + shift  # type: ignore[no-any-return]
 
 
 class SpeedUpLayer(nn.Module):
@@ -114,7 +114,7 @@ class SpeedUpLayer(nn.Module):
         """h − n̂ + p̂, h and the query being (batch, heads, tokens, head_dim)."""
         taken = self.negative(query, negative, attended)
         added = self.positive(query, prompt, attended)
-        return attended - taken + added
+        return attended - taken + added  # type: ignore[no-any-return]
 
 
 def cross_attention(unet: Any) -> list[AttentionLayer]:

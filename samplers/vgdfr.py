@@ -244,4 +244,4 @@ class _Times:
 def _frames(table: Tensor, frames: int, kept: Tensor) -> Tensor:
     """Some frames of a table (tokens, channels) or (1, tokens, 1, channels) of all."""
     axis = 1 if table.dim() == 4 else 0
-    return table.unflatten(axis, (frames, -1)).index_select(axis, kept).flatten(axis, axis + 1)
+    return table.unflatten(axis, (frames, -1)).index_select(axis, kept).flatten(axis, axis + 1)  # type: ignore[no-any-return]

@@ -71,14 +71,13 @@ IDENTITY: dict[str, Any] = {
     "ertacache": {"scales": (0.0,)},
     "clusca": {"interval": 1},
 }
-OTHER_SLOTS = {
-    *("textcache", "tokenmerging", "cachedmultilora", "attention", "linear", "nabla"),
-    *("adaptiveguidance", "cfgcache", "cfgzerostar", "guidanceinterval", "tgate"),
-    *("agd", "rcfg", "linearag"),
-    "speedupnet",
-}
-"""Methods that skip no part of the denoiser; they have tests of their own."""
-METHODS = [name for name in registry.METHODS if name not in OTHER_SLOTS]
+OTHER_SLOTS = {"textcache", "tokenmerging", "cachedmultilora"}
+"""Caches that skip no part of the denoiser; like samplers and kernels they have their own tests."""
+METHODS = [
+    name
+    for name, place in registry.METHODS.items()
+    if place.startswith("accel.caches.") and name not in OTHER_SLOTS
+]
 UNETS = {"sd15", "sdxl"}
 UNET_ONLY = {"deepcache"}
 TRANSFORMER_ONLY = {"deltadit", "speca"}

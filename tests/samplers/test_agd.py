@@ -192,3 +192,38 @@ def small(name: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
 def latents(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
     out = pipe(**call, generator=torch.Generator().manual_seed(0))
     return torch.as_tensor(out.frames if hasattr(out, "frames") else out.images)
+
+
+@pytest.fixture(params=ZOO)
+def shipped(request) -> tuple[Any, dict[str, Any], str]:
+    if not (model_zoo.path(request.param) / "adapters" / "agd").is_dir():
+        pytest.skip("no adapters are shipped for this model")
+    pipe, call = small(request.param)
+    return pipe, call, "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
+
+
+def test_shipped_adapters_guide_in_one_branch(shipped) -> None:
+    pipe, call, scale = shipped
+    guided, plain = latents(pipe, call), latents(pipe, call | {scale: 1.0})
+    with accel.patched(pipe, accel.AGD()) as handle:
+        found = latents(pipe, call)
+        assert handle.report().share_computed == 0.5
+        far = [(latents(pipe, call | {scale: s}) - plain).norm() for s in (1.5, 3.0, 6.0)]
+    assert (found - guided).norm() < 0.8 * (plain - guided).norm()
+    assert far[0] < far[1] < far[2]
+    assert torch.equal(latents(pipe, call), guided)
+
+
+def test_shipped_adapters_work_with_a_lora() -> None:
+    if not (model_zoo.path("emoji-unet") / "adapters" / "agd").is_dir():
+        pytest.skip("no adapters are shipped for this model")
+    pipe, call = small("emoji-unet")
+    with accel.patched(pipe, accel.AGD()):
+        alone = latents(pipe, call)
+    pipe.load_lora_weights(model_zoo.path("emoji-unet") / "loras", weight_name="ink.safetensors")
+    guided, plain = latents(pipe, call), latents(pipe, call | {"guidance_scale": 1.0})
+    with accel.patched(pipe, accel.AGD()):
+        found = latents(pipe, call)
+    assert not torch.equal(found, alone)
+    assert (found - guided).norm() < 0.9 * (plain - guided).norm()
+    assert torch.equal(latents(pipe, call), guided)

@@ -1,0 +1,193 @@
+"""Staged samplers on the zoo: speed, formula scores and distances to the untouched run.
+
+    python benchmarks/staged.py emoji-image --num-prompts 16
+    python benchmarks/staged.py emoji-video --num-prompts 16
+    python benchmarks/staged.py --maps docs/ralu-regions.png
+
+For each prompt all rows run in turn. Speed-up is untouched CPU seconds (one thread) over a row's,
+the median over prompts: other jobs on the machine disturb it less than wall-clock time.
+`logp` is the mean log-probability that a classifier of real pictures gives the right name; `kid` is
+against real renders. The interval is the 95 % bootstrap of the paired difference to `untouched`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Generator, Tensor
+
+import accel
+from accel import metrics, model_zoo
+from accel.samplers import ralu
+from demos.zoo import data
+from demos.zoo import evaluate as judging
+
+RESULT = Path(__file__).parent / "results" / "zoo-staged.json"
+PLAN: dict[str, Any] = {
+    "shares": (0.3, 0.2, 0.5),
+    "ends": (0.2, 0.3),
+    "shifts": (8.14, 2.86, 2.19),
+    "jump": 6.26,
+    "ratio": 0.3,
+    "positions": "spread",
+}
+LATE = {**PLAN, "ratio": 0.0, "shares": (0.25, 0.2, 0.55)}
+CYCLE = accel.PlainCycle(interval=2, warmup=1, reuse=accel.Newton(order=1))
+BOTTLENECK = {"shares": (0.1, 0.4, 0.5), "up": 8.0, "positions": "spread"}
+ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
+    "emoji-image": {
+        "untouched": (50, ()),
+        "untouched, 25 steps": (25, ()),
+        "BottleneckSampling": (34, (accel.BottleneckSampling(**BOTTLENECK),)),
+        "RALU": (28, (accel.RALU(**PLAN),)),
+        "RALU, random regions": (28, (accel.RALU(**PLAN, regions="random"),)),
+        "RALU, all late": (28, (accel.RALU(**LATE),)),
+        "RALU and PlainCycle": (28, (accel.RALU(**PLAN), CYCLE)),
+    },
+    "emoji-video": {
+        "untouched": (50, ()),
+        "VGDFR(keep=0.8)": (50, (accel.VGDFR(keep=0.8, tail=0),)),
+        "VGDFR(keep=0.6)": (50, (accel.VGDFR(keep=0.6, tail=0),)),
+        "VGDFR(keep=0.6, all layers global)": (
+            50,
+            (accel.VGDFR(keep=0.6, tail=0, global_layers="all"),),
+        ),
+    },
+}
+
+
+def clip(pipe: Any, call: dict[str, Any], caption: str, seed: int) -> Tensor:
+    """(frames, 3, height, width) in [0, 1]."""
+    out = pipe(
+        prompt=caption, generator=Generator().manual_seed(seed), **{**call, "output_type": "np"}
+    )
+    made = torch.tensor(out.frames[0] if hasattr(out, "frames") else out.images)
+    return made.permute(0, 3, 1, 2)
+
+
+def measured(model: str, captions: list[str]) -> dict[str, dict[str, Any]]:
+    """Clips and CPU seconds of every row."""
+    pipe, call, _ = model_zoo.load(model)
+    rows: dict[str, dict[str, Any]] = {name: {"clips": [], "seconds": []} for name in ROWS[model]}
+    clip(pipe, {**call, "num_inference_steps": 4}, captions[0], 0)
+    for seed, caption in enumerate(captions):
+        for name, (steps, methods) in ROWS[model].items():
+            if methods:
+                accel.patch(pipe, *methods)
+            began = time.process_time()
+            made = clip(pipe, {**call, "num_inference_steps": steps}, caption, seed)
+            rows[name]["seconds"].append(time.process_time() - began)
+            rows[name]["clips"].append(made)
+            accel.unpatch(pipe)
+        print(seed, caption, flush=True)
+    return rows
+
+
+def judged(model: str, captions: list[str], rows: dict[str, dict[str, Any]]) -> list[Any]:
+    """One JSON row for each."""
+    call, video = model_zoo.settings(model)["call"], bool(model_zoo.settings(model)["fps"])
+    judge = judging.CaptionClassifier(call["height"], video)
+    known = judging.reference_features(call["height"], video)
+    labels = torch.tensor([data.NAMES.index(data.parse(caption)[0]) for caption in captions])
+    untouched = torch.stack(rows["untouched"]["clips"])
+    found, first = [], None
+    for name, row in rows.items():
+        clips = torch.stack(row["clips"])
+        ratios = [a / b for a, b in zip(rows["untouched"]["seconds"], row["seconds"], strict=True)]
+        certain = judge.scores(judging._features(clips)).unflatten(0, (-1, len(captions)))
+        certain = certain[:, torch.arange(len(captions)), labels].mean(0)
+        first = certain if first is None else first
+        steps, methods = ROWS[model][name]
+        found.append(
+            {
+                "model": model,
+                "row": name,
+                "steps": steps,
+                "methods": [repr(method) for method in methods],
+                "speed_up": round(statistics.median(ratios), 3),
+                "speed_up_quartiles": [round(q, 3) for q in statistics.quantiles(ratios)[::2]],
+                **judging.scores(clips, captions, judge, known),
+                "logp": float(certain.mean()),
+                "logp_over_untouched": judging.paired_difference(certain, first),
+                "feature_distance": metrics.feature_distance(untouched, clips),
+                "psnr": metrics.psnr(untouched, clips),
+            }
+        )
+    return found
+
+
+def maps(target: Path, count: int = 6) -> None:
+    """Pictures, and the coarse tokens that RALU split in each, beside each other."""
+    pipe, call, _ = model_zoo.load("emoji-image")
+    captions = _captions("emoji-image", "heldout")[:count]
+    method = accel.RALU(**PLAN)
+    columns = []
+    chosen: list[Tensor] = []
+    original = ralu.RALU._chosen
+
+    def noted(self: Any, crossing: Any) -> Tensor:
+        chosen.append(original(self, crossing))
+        return chosen[-1]
+
+    ralu.RALU._chosen = noted  # type: ignore[method-assign]
+    try:
+        with accel.patched(pipe, method):
+            for seed, caption in enumerate(captions):
+                made = clip(pipe, {**call, "num_inference_steps": 28}, caption, seed)[0]
+                side = round(len(chosen[-1]) ** 0.5)
+                mask = chosen[-1].reshape(1, side, side).float()
+                mask = mask.repeat_interleave(made.shape[-1] // side, 1)
+                mask = mask.repeat_interleave(made.shape[-1] // side, 2)
+                columns.append(torch.cat((made, made * (0.25 + 0.75 * mask)), 1))
+    finally:
+        ralu.RALU._chosen = original  # type: ignore[method-assign]
+    pixels = (torch.cat(columns, 2).permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(pixels).save(target)
+
+
+def _captions(model: str, part: Any) -> list[str]:
+    lines = model_zoo.prompts(model, part).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line]
+
+
+def main() -> None:
+    """Measure, judge, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", choices=list(ROWS))
+    parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--part", default="final", choices=["heldout", "final"])
+    parser.add_argument("--maps", type=Path)
+    parser.add_argument("-o", "--output", type=Path, default=RESULT)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    if given.maps:
+        maps(given.maps)
+    if given.model is None:
+        return
+    captions = _captions(given.model, given.part)[: given.num_prompts]
+    rows = judged(given.model, captions, measured(given.model, captions))
+    old = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
+    old["runs"][given.model] = {
+        "command": " ".join(["python", "benchmarks/staged.py", *sys.argv[1:]]),
+        "prompts": f"{given.part}, the first {len(captions)}",
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "machine": f"{platform.machine()} CPU, one thread, other jobs beside",
+        "rows": rows,
+    }
+    given.output.write_text(json.dumps(old, indent=1) + "\n")
+    for row in rows:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Training of guidance adapters: what is recorded, that errors fall, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_pipelines import built, run
+from typer.testing import CliRunner
+
+import accel
+from accel import adapter_training, registry
+from accel.adapter_training import Pool, Recorder, Trainer, Training, read_scales, velocity_weight
+from accel.adapters import CONFIG
+from accel.chain import parameters
+from accel.cli import app
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux_cfg", "sd3", "wan21"])
+def test_both_branches_are_recorded(name) -> None:
+    """A scale of one is the conditional branch: recorded predictions are those of that run."""
+    tiny, _ = built(name)
+    module = getattr(tiny.pipe, "unet", None) or tiny.pipe.transformer
+    recorder = Recorder(module, registry.family(module))
+    hook = module.register_forward_hook(recorder, with_kwargs=True)
+    run(tiny, num_inference_steps=3)
+    hook.remove()
+    assert len(recorder.states) == 3
+    inputs, cond, uncond = recorder.states[-1]
+    assert not torch.equal(cond, uncond)
+    with torch.no_grad():
+        again = module(**{**inputs, "return_dict": False})[0]
+    assert torch.allclose(again, cond, atol=1e-5)
+    assert set(inputs) <= set(parameters(module))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> tuple[str, Path]:
+    """A saved tiny pipeline and a prompt file; runs of few steps."""
+    monkeypatch.setattr(adapter_training, "STEPS", (3, 5))
+    tiny, _ = built("wan21")
+    tiny.pipe.save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\nzebra\n")
+    small = {"height": 32, "width": 32, "num_frames": 5}
+    given = {key: tiny.call[key] for key in small if key in tiny.call}
+    load = adapter_training.load
+
+    def smaller(*args: Any) -> Any:
+        pipe, call, fps = load(*args)
+        return pipe, {**given, **call}, fps
+
+    monkeypatch.setattr(adapter_training, "load", smaller)
+    return str(tmp_path / "model"), prompts
+
+
+def plan(**changes: Any) -> Training:
+    settings = {"minutes": 0.03, "trajectories": 4, "batch": 2, "width": 8, **changes}
+    return Training(**settings)
+
+
+def test_errors_fall_and_a_stopped_training_goes_on(folder, tmp_path) -> None:
+    model, prompts = folder
+    lines: list[str] = []
+    first = adapter_training.train(model, prompts, tmp_path / "out", plan(), lines.append)
+    assert lines, "the guided runs are said"
+    second = adapter_training.train(
+        model, prompts, tmp_path / "out", plan(minutes=0.06), lines.append
+    )
+    assert second["step"] > first["step"] > 0
+    assert second["seconds"] > first["seconds"]
+    content = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert content["base"] == "WanTransformer3DModel"
+    assert content["training"]["step"] == second["step"]
+    assert second["held_error"] < 1.0, "1 is what no adapters at all have"
+    tiny, baseline = built("wan21")
+    with accel.patched(tiny.pipe, accel.AGD(str(tmp_path / "out"))):
+        assert torch.isfinite(run(tiny)).all()
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_the_frozen_model_is_not_trained(folder, tmp_path) -> None:
+    model, prompts = folder
+    trainer = Trainer(model, prompts.read_text().split("\n")[:2], plan(), tmp_path / "work")
+    before = {name: value.clone() for name, value in trainer.module.state_dict().items()}
+    trainer.train(lambda _: None)
+    after = trainer.module.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(value.requires_grad for value in trainer.module.parameters())
+
+
+def test_what_guidance_changes_is_weighted_as_a_velocity() -> None:
+    pipe = built("sd15")[0].pipe
+    timesteps = torch.tensor([0.0, 500.0, 999.0])
+    weight = velocity_weight(pipe.scheduler, timesteps)
+    kept = pipe.scheduler.alphas_cumprod[timesteps.long()]
+    assert torch.allclose(weight, 1 / kept.clamp(min=1e-3))
+    assert velocity_weight(built("wan21")[0].pipe.scheduler, timesteps).eq(1).all()
+    pool = Pool(cond=torch.ones(3, 2), uncond=torch.zeros(3, 2), weight=weight)
+    assert torch.equal(pool.change, weight)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"variant": "lora"}, {"minutes": 0}, {"trajectories": 3}, {"scales": (4, 2)}, {"width": 1}],
+)
+def test_bad_settings_are_refused(settings) -> None:
+    with pytest.raises(accel.AccelError, match=next(iter(settings))):
+        plan(**settings)
+
+
+def test_bad_scales_and_prompt_files_are_said(tmp_path) -> None:
+    with pytest.raises(accel.AccelError, match="lowest,highest"):
+        read_scales("1-8")
+    with pytest.raises(accel.AccelError, match="cannot be read"):
+        adapter_training.train("zoo:x", tmp_path / "none.txt", tmp_path, plan(), print)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(accel.AccelError, match="holds no prompt"):
+        adapter_training.train("zoo:x", tmp_path / "empty.txt", tmp_path, plan(), print)
+
+
+def test_the_command_is_there() -> None:
+    result = CliRunner().invoke(app, ["adapters", "train", "--help"])
+    assert result.exit_code == 0
+    for option in ("--prompts", "--variant", "--minutes", "--scales"):
+        assert option in result.stdout
