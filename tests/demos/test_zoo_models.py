@@ -33,9 +33,12 @@ def test_loads_with_plain_diffusers_and_has_a_card(name) -> None:
 
 
 def test_weights_stay_small() -> None:
-    sizes = [file.stat().st_size for file in model_zoo.folder().rglob("*.safetensors")]
-    assert sum(sizes) <= 36e6
-    assert max(sizes) <= 16e6
+    sizes = {file: file.stat().st_size for file in model_zoo.folder().rglob("*.safetensors")}
+    adapters = {file: size for file, size in sizes.items() if "adapters" in file.parts}
+    assert adapters
+    assert max(adapters.values()) <= 2e6
+    assert sum(sizes.values()) - sum(adapters.values()) <= 36e6
+    assert max(sizes.values()) <= 16e6
 
 
 @pytest.mark.parametrize("name", model_zoo.names())
@@ -67,8 +70,7 @@ def test_the_model_obeys_its_prompt(name) -> None:
 def test_the_recipe_beside_the_video_model_is_used() -> None:
     pipe, call, _ = model_zoo.load("emoji-video")
     with accel.patched(pipe) as patch:
-        (method,) = patch.methods
-        assert type(method) is not accel.EasyCache
+        assert not any(isinstance(method, accel.EasyCache) for method in patch.methods)
         made(pipe, call, prompt_of("emoji-video"))
         assert patch.report().hit_rate > 0.3
 
