@@ -284,7 +284,7 @@ class Trainer:
         last = self._held_rows(pool) - 1
         rows = torch.linspace(0, last, min(last + 1, 64)).long()
         low, high = self.plan.scales
-        scale = low + (high - low) * (torch.arange(len(rows)) * 0.618 % 1)
+        scale = low + (high - low) * (torch.arange(1, len(rows) + 1) * 0.618 % 1)
         errors = self.errors(adapters, pool, rows, scale)
         return float(errors.sum() / (changed[rows] * (scale - 1).square()).sum())
 

@@ -6,8 +6,11 @@ code there: use it on trusted networks only.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,6 @@ class Actor:
         Errors of items are rows, not exceptions: one exception would end the whole job. A batch
         that a killed actor had begun is finished: what has a row of this run is left as it is.
         """
-        import json
 
         batch = self.plan.batches[int(numbers["item"][0])]
         self.manifest.refresh()
@@ -59,8 +61,17 @@ def work(plan: Plan, address: str, actors: int, emit: Emit) -> None:
     Raises `MissingError` without Ray or without the cluster, `StoppedError` at the first failed
     item when the plan says so.
     """
-    import json
+    results = sys.stdout
 
+    def tell(row: dict[str, Any]) -> None:
+        with contextlib.redirect_stdout(results):
+            emit(row)
+
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what its daemon says
+        _work(plan, address, actors, tell)
+
+
+def _work(plan: Plan, address: str, actors: int, emit: Emit) -> None:
     ray = _ray()
     try:
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=40)

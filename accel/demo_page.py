@@ -313,13 +313,13 @@ class Page:
 def _component(method: str, item: forms.Field) -> Any:
     label = f"{method} · {item.name}"
     if item.kind == "bool":
-        return gr.Checkbox(item.default, label=label)
+        return gr.Checkbox(item.default, label=label, interactive=True)
     if item.kind == "forecast":
-        return gr.Dropdown(forms.forecasts(), value=item.default, label=label)
+        return gr.Dropdown(forms.forecasts(), value=item.default, label=label, interactive=True)
     if item.kind == "json":
-        return gr.Textbox(item.default, label=label)
+        return gr.Textbox(item.default, label=label, interactive=True)
     precision = 0 if item.kind == "int" else None
-    return gr.Number(item.default, label=label, precision=precision, step=0.01)
+    return gr.Number(item.default, label=label, precision=precision, step=0.01, interactive=True)
 
 
 def _method_chosen(method: str | None, guidance: str) -> tuple[Any, str]:
