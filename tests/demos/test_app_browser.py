@@ -219,7 +219,8 @@ def test_recipes_go_out_and_come_back(page, tmp_path) -> None:
     box.fill("4")
     box.press("Tab")
     page.wait_for_function("() => document.querySelector('#recipe').innerText.includes('interval')")
-    written = json.loads(recipe_text(page))
+    shown = recipe_text(page)
+    written = json.loads(shown)
     assert written["entries"] == [{"name": "PlainCycle", "settings": {"interval": 4}}]
     page.wait_for_timeout(1000)
     picture_of(page, "demo-method", full_page=True)
@@ -232,7 +233,7 @@ def test_recipes_go_out_and_come_back(page, tmp_path) -> None:
     page.reload()
     page.get_by_text("Ready.").wait_for()
     page.get_by_text("Recipe: what the next run uses").click()
-    assert json.loads(recipe_text(page)) != written
+    assert recipe_text(page) != shown  # a long text is in the page in part only
     page.locator("input[data-testid=file-upload]").first.set_input_files(saved)
     page.wait_for_function(
         "() => document.querySelector('#recipe').innerText.includes('PlainCycle')"
