@@ -240,7 +240,7 @@ def test_cfg_cache_gives_the_old_gap_exactly_when_gains_are_one(shape) -> None:
 
     generator = torch.Generator().manual_seed(0)
     cond, uncond = torch.randn(2, *shape, generator=generator)
-    context = GuidanceContext(1, 10, 500.0, 0.0, lambda x: x, lambda x: x)
+    context = GuidanceContext(1, 10, 500.0, 0.0, lambda x: x, lambda x: x, latent=cond)
     bands = _Bands(accel.CfgCache(low_gain=1.0, high_gain=1.0))
     bands.full(context, cond, uncond)
     assert torch.allclose(bands.substitute(context, cond), uncond, atol=1e-5)
