@@ -71,7 +71,8 @@ def test_the_recipe_beside_the_video_model_is_used() -> None:
     pipe, call, _ = model_zoo.load("emoji-video")
     with accel.patched(pipe) as patch:
         assert not any(isinstance(method, accel.EasyCache) for method in patch.methods)
-        generate.make(pipe, call | {"prompt": prompt_of("emoji-video")}, 0)  # 50 steps, as calibrated
+        prompt = {"prompt": prompt_of("emoji-video")}
+        generate.make(pipe, call | prompt, 0)  # 50 steps, as calibrated
         assert patch.report().hit_rate > 0.3
 
 
