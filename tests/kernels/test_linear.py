@@ -190,6 +190,7 @@ def test_moves_and_copies() -> None:
 
 
 def test_torchao_says_why_it_does_not_serve(monkeypatch) -> None:
+    pytest.importorskip("torchao")
     cpu = torch.device("cpu")
     assert "gains nothing" in str(linear.torchao_why_not("w8a8", cpu))
     monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: None)
