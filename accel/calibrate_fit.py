@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -102,6 +103,12 @@ def candidates(profile: Profile) -> list[Candidate]:
     return sorted(_predicted(found, (*alone, *methods)), key=lambda each: each.prediction.seconds)
 
 
+def predicted(profile: Profile, key: str) -> Candidate:
+    """The candidate of a key, for methods that `candidates` does not list."""
+    methods = Recipe.model_validate_json(f'{{"entries": {key}}}').methods
+    return Candidate(methods, mean_prediction(replays(profile), *methods))
+
+
 def _predicted(
     found: Sequence[Replay], several: Iterable[tuple[Method, ...]]
 ) -> Iterator[Candidate]:
@@ -127,22 +134,23 @@ def guidance_policies(profile: Profile) -> list[Method]:
 
 
 def schedules(profile: Profile) -> list[Method]:
-    """DPCache with the best steps for each share, plain cycles, each with several forecasts."""
+    """DPCache with the best steps for each share, plain cycles, each with several forecasts.
+
+    Of the block chain, and of whole calls, which saves embeddings and head too.
+    """
     hold, newton = registry.approximator("holdresidual"), registry.approximator("newton")
     hicache, dpcache = registry.approximator("hicache"), registry.method("dpcache")
-    first = profile.prompts[0]
-    whole = "stack/cond" not in first.values
-    site = "prediction" if whole else "stack"
-    gram = np.sum([each.gram(site) for each in profile.prompts], axis=0)
+    sites = ("stack", "whole") if "stack/cond" in profile.prompts[0].values else ("whole",)
     found: list[Method] = []
-    for line in (True, False):
+    for site, line in itertools.product(sites, (True, False)):
+        gram = np.sum([each.gram(site) for each in profile.prompts], axis=0)
         costs = forecast_costs(gram, line)
         for count in sorted({max(round(share * len(costs)), 2) for share in _SHARES}):
             steps = best_steps(costs, count, minimax=False)
             schedule = tuple(int(step in steps) for step in range(len(costs)))
+            settings = {"share": count / len(costs), "schedule": schedule, "whole": site == "whole"}
             for reuse in (newton(1), hicache(2)) if line else (hold(),):
-                share = count / len(costs)
-                found.append(dpcache(share=share, schedule=schedule, reuse=reuse))
+                found.append(dpcache(reuse=reuse, **settings))
     return [*found, *_cycles()]
 
 
@@ -150,7 +158,8 @@ def _cycles() -> list[Method]:
     cycle, newton = registry.method("plaincycle"), registry.approximator("newton")
     forecasts = ((registry.approximator("holdresidual")(), 1), (newton(1), 3), (newton(2), 4))
     return [
-        cycle(interval=interval, warmup=warmup, reuse=reuse)
+        cycle(interval=interval, warmup=warmup, reuse=reuse, whole=whole)
+        for whole in (False, True)
         for interval in _INTERVALS
         for reuse, warmup in forecasts
     ]

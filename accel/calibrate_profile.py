@@ -61,8 +61,15 @@ class PromptProfile:
         return "prediction/uncond" in self.values
 
     def gram(self, site: str = "stack", branch: str = "cond") -> NDArray[np.float64]:
-        """Inner products of a site's outputs at all pairs of steps, (steps, steps), estimated."""
-        values = self.values[f"{site}/{branch}"].double()
+        """Inner products of a site's outputs at all pairs of steps, (steps, steps), estimated.
+
+        Site "whole": prediction minus latent, what methods with `whole=True` hold.
+        """
+        if site == "whole":
+            values = self.values[f"prediction/{branch}"] - self.values[f"latent/{branch}"]
+        else:
+            values = self.values[f"{site}/{branch}"]
+        values = values.double()
         found: NDArray[np.float64] = (values @ values.T).numpy()
         return found
 

@@ -105,7 +105,7 @@ class Replay:
         calls = self.record.steps * branches
         stack, call = spent.get("stack", spent["call"]) / calls, spent["call"] / calls
         rest = spent["run"] - spent["call"]
-        own = [row for row in self.denoiser.rows if row.verdict != "left out"]
+        own = [row for row in self.denoiser.rows if row.called]
         return rest + sum(call - stack + stack * row.blocks_run / row.blocks for row in own)
 
 

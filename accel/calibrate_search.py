@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import accel
-from accel.calibrate_fit import Candidate, candidates, refine
+from accel.calibrate_fit import Candidate, candidates, predicted, refine
 from accel.calibrate_profile import Profile
 from accel.calibrate_trials import Deadline, Trials, label, median
 from accel.choosing import QUALITIES
@@ -118,15 +118,16 @@ def calibrate(
 ) -> Calibration:
     """Search methods for a pipeline and write down what they were measured to give.
 
-    One prompt is profiled; schedules × forecasts × guidance policies are predicted on it (see
-    `accel.calibrate_replay`); the most promising are really run, on more prompts as they become
-    fewer; the last are validated on up to four prompts that took no part. Give `speedup` (at
+    Up to three prompts are profiled; schedules × forecasts × guidance policies are predicted on
+    them (see `accel.calibrate_replay`); the most promising are really run, on more prompts as they
+    become fewer; the last are validated on up to four that took no part. Give `speedup` (at
     least), `psnr` (dB that nine of ten prompts keep) or `quality` ("lossless", "balanced", "fast":
     45, 30, 25 dB of the median prompt; by default "balanced"). One prompt gives a first recipe in
     three generations, eight validate a front in forty. `budget`: minutes after which no new
     candidate is tried.
 
-    `folder` keeps every run: a killed calibration goes on from there. `shard` (i, n) makes only the
+    `folder` keeps every run: a killed calibration goes on from there, and one for another target
+    adds its points to the front. `shard` (i, n) makes only the
     first rung's runs i, i + n, … into its folder, and `merge` takes over other folders' runs.
     Raises `AccelError` for bad arguments or another model's folder, `UnreachableError` when nothing
     reaches the target.
@@ -147,14 +148,16 @@ def calibrate(
 class _Search:
     def __init__(self, trials: Trials, target: Target, deadline: Deadline) -> None:
         self.trials, self.target, self.deadline = trials, target, deadline
-        self.profile: Profile = trials.record(1)
-        self.profile.check(trials.pipe)
-        self.all = candidates(self.profile)
         count = len(trials.prompts)
         held = min(VALIDATION, count // 2)
         self.tuning = list(range(min(3, count - held)))
         self.validation = list(range(count - held, count))
-        trials.say(f"{len(self.all)} candidates predicted from one run")
+        self.profile: Profile = trials.record(len(self.tuning))
+        self.profile.check(trials.pipe)
+        self.all = candidates(self.profile)
+        trials.say(f"{len(self.all)} candidates predicted from {len(self.tuning)} recorded runs")
+        known = {each.key for each in self.all}
+        self.all += [predicted(self.profile, key) for key in trials.found if key not in known]
 
     def run(self, shard: tuple[int, int] | None) -> Calibration:
         spread = self._spread(FIRST // 2)
@@ -167,34 +170,48 @@ class _Search:
                 self.trials.run(candidate, 0)
         if shard is not None:
             return self._result(self._tried())
-        self._guided_runs(1 if len(self.trials.prompts) == 1 else FIRST - len(spread))
+        self._guided_runs(2 if len(self.trials.prompts) == 1 else FIRST)
         return self._checked(self._result(self._finals()))
 
     def _finals(self) -> list[Candidate]:
         """Fewer candidates on more prompts; the last on the prompts that took no part."""
-        best = sorted(self._tried(), key=self._measured_rank, reverse=True)[:SECOND]
+        best = self._best(self._tried(), [0], SECOND)
         for prompt in self.tuning[1:]:
             for candidate in best:
                 if not self.deadline.over:
                     self.trials.run(candidate, prompt)
         if not self.validation:
             return self._tried()
-        last = sorted(best, key=self._measured_rank, reverse=True)[:LAST]
+        last = self._best(best, self.tuning, LAST)
         for prompt in self.validation:
             for candidate in last:
                 self.trials.run(candidate, prompt)
-        return last
+        return [each for each in self._tried() if self._is_validated(each)]
+
+    def _is_validated(self, candidate: Candidate) -> bool:
+        """By this search, or by one for another target in the same folder."""
+        seen = {each.prompt for each in self.trials.of(candidate)}
+        return bool(self.validation) and {*self.validation} <= seen
 
     def _enough(self) -> bool:
         return self.deadline.over and bool(self._tried())
 
-    def _guided_runs(self, count: int) -> None:
+    def _best(
+        self, several: Sequence[Candidate], prompts: list[int], count: int
+    ) -> list[Candidate]:
+        """By the runs on some prompts, so that later runs do not change an earlier choice."""
+        ranked = sorted(several, key=lambda each: self._measured_rank(each, prompts), reverse=True)
+        return ranked[:count]
+
+    def _guided_runs(self, total: int) -> None:
         """Run what the predictions, corrected by all runs so far, say is best."""
-        for _ in range(count):
+        while len(self._tried()) < total:
             left = [each for each in self.all if not self.trials.of(each)]
             if self.deadline.over or not left:
                 return
-            choice = refine(self.profile, max(left, key=self._rank))
+            promising = max(left, key=self._rank)
+            refined = refine(self.profile, promising)
+            choice = promising if self.trials.of(refined) else refined
             self.all.append(choice)
             self.trials.run(choice, 0)
 
@@ -239,6 +256,7 @@ class _Search:
             trial.speedup / each.prediction.speedup
             for each in self._tried()
             for trial in self.trials.of(each)
+            if trial.prompt == 0
         ]
         return statistics.median(ratios) if ratios else 1.0
 
@@ -246,8 +264,8 @@ class _Search:
         decibels = self._offset(candidate) - _decibels(candidate)
         return self.target.score(candidate.prediction.speedup * self._slowness(), decibels)
 
-    def _measured_rank(self, candidate: Candidate) -> tuple[bool, float]:
-        trials = self.trials.of(candidate)
+    def _measured_rank(self, candidate: Candidate, prompts: list[int]) -> tuple[bool, float]:
+        trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
         speed = median(trials, "speedup")
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
             speed = candidate.prediction.speedup * self._slowness()
@@ -257,7 +275,9 @@ class _Search:
 
     def _result(self, chosen: Sequence[Candidate]) -> Calibration:
         rows = {each.key: self._evidence(each) for each in chosen}
-        best = max(chosen, key=self._measured_rank)
+        validated = all(self._is_validated(each) for each in chosen)
+        every = list(range(len(self.trials.prompts)))
+        (best,) = self._best(chosen, self.validation if validated else every, 1)
         front = [
             Choice(
                 entries=Recipe.of(each.methods).entries,

@@ -372,6 +372,7 @@ class Denoiser:
                 seconds=seconds,
                 blocks_run=forward.blocks_run,
                 blocks=forward.blocks or max(len(self.chain.blocks), 1),
+                called=forward.blocks > 0,
             )
         )
 

@@ -178,7 +178,7 @@ class _Branches:
         """A branch was left out."""
         rows, name = self.denoiser.rows, self.denoiser.name
         count = rows[-1].blocks if rows else max(len(self.denoiser.chain.blocks), 1)
-        rows.append(StepRow(name, branch, self.step, "left out", 0.0, 0, count))
+        rows.append(StepRow(name, branch, self.step, "left out", 0.0, 0, count, False))
 
     def _context(self, arguments: Arguments) -> GuidanceContext:
         clock, denoiser = self.denoiser.clock, self.denoiser

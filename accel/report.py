@@ -15,7 +15,8 @@ class StepRow:
     """One denoiser call. `seconds` is host time; on CUDA it does not wait for the device.
 
     Methods that skip layers inside blocks count those layers instead of blocks, and a layer that
-    ran for some tokens as their share.
+    ran for some tokens as their share. `called`: whether the denoiser ran at all, be it with all
+    blocks skipped.
     """
 
     denoiser: str
@@ -25,6 +26,7 @@ class StepRow:
     seconds: float
     blocks_run: float
     blocks: int
+    called: bool = True
 
 
 @dataclass(frozen=True)
