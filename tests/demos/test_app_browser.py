@@ -234,7 +234,9 @@ def test_recipes_go_out_and_come_back(page, tmp_path) -> None:
     page.get_by_text("Ready.").wait_for()
     page.get_by_text("Recipe: what the next run uses").click()
     assert recipe_text(page) != shown  # a long text is in the page in part only
-    page.locator("input[data-testid=file-upload]").first.set_input_files(saved)
+    with page.expect_file_chooser() as chooser:
+        page.locator("#load").click()
+    chooser.value.set_files(saved)
     page.wait_for_function(
         "() => document.querySelector('#recipe').innerText.includes('PlainCycle')"
     )
