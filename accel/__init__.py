@@ -84,6 +84,7 @@ __all__ = [
     "Newton",
     "Patch",
     "PlainCycle",
+    "PrincipalAttention",
     "Progressive",
     "PyramidAttentionBroadcast",
     "Recipe",

@@ -52,6 +52,7 @@ METHODS: dict[str, str] = {
     "attention": "accel.kernels.attention:Attention",
     "linear": "accel.kernels.linear:Linear",
     "nabla": "accel.kernels.nabla:NABLA",
+    "principalattention": "accel.kernels.principal_attention:PrincipalAttention",
     "bottlenecksampling": "accel.samplers.bottleneck_sampling:BottleneckSampling",
     "progressive": "accel.samplers.progressive:Progressive",
     "ralu": "accel.samplers.ralu:RALU",

@@ -26,9 +26,9 @@ class UniCP:
     window is the number of following steps that reuse the output. The first `warmup` steps and the
     last one are computed.
 
-    Not built: the pruning of attention by principal components where a step cannot be cached, and
-    its blending with the cached output; diffusers' attention processors give no place for
-    projected queries and keys of another width after the rotary embedding.
+    The pruning of attention that cannot be cached is a method of its own, `PrincipalAttention`:
+    `accel.patch(pipe, UniCP(), PrincipalAttention())`. Where the paper blends the two outputs, an
+    attention is either reused or pruned here.
 
     Adaptive: one host transfer a computed attention; rows of a batch decide together. Holds two
     tensors an attention and branch.

@@ -1,0 +1,156 @@
+"""Principal attention: queries and keys are compared along their principal components alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from accel.attention_calls import AttentionCall, AttentionLayer, Interception, attention_layers
+from accel.denoiser import Denoiser
+from accel.kernels.attention_inputs import repeat_heads, softmax_scale
+from accel.method import AccelError, Handle, check, is_number
+from accel.sublayer import sublayers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Key = tuple[str, str, int]
+MULTIPLE = 8
+"""Components are counted in these: what matrix units multiply at once."""
+
+
+@dataclass(frozen=True)
+class PrincipalAttention:
+    """Multiply queries and keys in the few directions that hold a share `variance` of them.
+
+    The pruning of UniCP (Sun et al., 2025), its "PCA-based slicing"; **reconstructed**, as the
+    paper's equations were not available. In the first `warmup` share of the steps attention is the
+    model's own, and the second moments of its queries and keys (after the rotary embedding) are
+    summed for every layer, branch, sample and head. Their eigenvectors of the largest eigenvalues
+    that sum to `variance` of the trace are the directions U; from then on the scores are
+    (QU)(KU)ᵀ at the old scale. `UniCP()` beside it skips what its windows cover, so that this
+    prunes only the attention that is computed; the paper's blending of both is a switch here.
+
+    For self-attention; masks are kept. Static after the warmup: one host read a layer, sample rows
+    independent. Saves multiplications of QKᵀ only, in proportion to the directions left out, and
+    needs a kernel whose queries are narrower than its values; torch's fast ones are not.
+    """
+
+    slot: ClassVar[str] = "attention"
+    trials: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"variance": 0.99},
+        {"variance": 0.95},
+        {"variance": 0.9},
+    )
+
+    variance: float = 0.95
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("variance", "warmup"):
+            value = getattr(self, name)
+            check(is_number(value) and 0 < value <= 1, self, name, "a number in (0, 1]")
+
+    def attach(self, denoiser: Denoiser) -> Handle:
+        """Attach to the self-attention of all blocks."""
+        layers = _own_attention(denoiser)
+        if not layers:
+            owner = type(denoiser.module).__name__
+            raise AccelError(
+                f"PrincipalAttention needs self-attention layers; {owner} has none that are known"
+            )
+        pruned = _Pruned(self, denoiser)
+
+        def hook() -> Callable[[], None]:
+            interception = Interception(layers, pruned.attend)
+            calls = [interception.refresh, pruned.forget]
+            denoiser.forgetting += calls
+
+            def undo() -> None:
+                for call in calls:
+                    denoiser.forgetting.remove(call)
+                interception.remove()
+
+            return undo
+
+        return denoiser.follow(hook)
+
+
+def _own_attention(denoiser: Denoiser) -> list[AttentionLayer]:
+    wanted = {
+        id(module)
+        for layer in sublayers(denoiser.chain, type(denoiser.module).__name__)
+        if layer.kind in ("self", "fused")
+        for module in layer.modules
+    }
+    return [each for each in attention_layers(denoiser.module) if id(each.module) in wanted]
+
+
+def second_moments(query: Tensor, key: Tensor) -> Tensor:
+    """QᵀQ + KᵀK of every head in fp32, (batch, heads, head_dim, head_dim)."""
+    q, k = query.float(), repeat_heads(key, query.shape[1]).float()
+    return q.mT @ q + k.mT @ k
+
+
+def directions(moments: Tensor, variance: float) -> Tensor:
+    """The leading eigenvectors, (batch, heads, head_dim, r).
+
+    r is what the neediest head of all needs, as a multiple of 8; in the other heads the directions
+    beyond their own are zero, so that no head and no sample depends on another.
+    """
+    values, vectors = torch.linalg.eigh(moments)
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    before = values.cumsum(-1) - values
+    wanted = (before < variance * values.sum(-1, keepdim=True)) | (variance == 1)
+    most = int(wanted.sum(-1).max())
+    width = min(-(-most // MULTIPLE) * MULTIPLE, wanted.shape[-1])
+    return vectors[..., :width] * wanted[..., None, :width]
+
+
+class _Pruned:
+    """The method on one denoiser: moments while it warms up, then directions."""
+
+    def __init__(self, settings: PrincipalAttention, denoiser: Denoiser) -> None:
+        self.settings, self.denoiser = settings, denoiser
+        self.moments: dict[Key, Tensor] = {}
+        self.found: dict[Key, Tensor] = {}
+
+    def forget(self) -> None:
+        """A run begins or ends."""
+        self.moments, self.found = {}, {}
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """One self-attention of the model."""
+        forward = self.denoiser.forward
+        if forward is None or call.key.shape[2] != call.query.shape[2]:
+            return call.plain()
+        branch = forward.state.branch
+        key: Key = (call.layer.name, branch.name, branch.ordinal)
+        if forward.step < max(self.settings.warmup * forward.total, 1):
+            new = second_moments(call.query, call.key)
+            self.moments[key] = self.moments[key] + new if key in self.moments else new
+            return call.plain()
+        if key in self.moments:
+            self.found[key] = directions(self.moments.pop(key), self.settings.variance)
+        basis = self.found.get(key)
+        if basis is None or basis.shape[-1] == call.query.shape[-1]:
+            return call.plain()
+        return _along(call, basis.to(call.query.dtype))
+
+
+def _along(call: AttentionCall, basis: Tensor) -> Tensor:
+    """Attention with queries and keys in the directions of `basis`."""
+    heads, scale = call.query.shape[1], softmax_scale(call.query, call.scale)
+    key, value = (repeat_heads(each, heads) for each in (call.key, call.value))
+    return scaled_dot_product_attention(
+        call.query @ basis,
+        key @ basis,
+        value,
+        attn_mask=call.attn_mask,
+        is_causal=call.is_causal,
+        scale=scale,
+    )
