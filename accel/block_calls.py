@@ -62,7 +62,9 @@ def _stand_in(
         return denoiser.chain.outputs(last, run())
 
     forecast = forward.forecast(number, SpanSignals(denoiser, forward, entered[0]), compute)
-    if not site.keeps_output:
+    if site.keeps_output:
+        forecast = _own(denoiser, forecast)
+    else:
         forecast = add(denoiser.chain.relayout(entered, arguments.get(HIDDEN)), forecast)
     return denoiser.chain.pack(last, forecast)
 
@@ -72,10 +74,17 @@ def _remember(denoiser: Denoiser, forward: Forward, number: int, outputs: Stream
     entered = forward.inputs[number]
     inputs = denoiser.chain.relayout(entered, outputs[0])
     keeps_output = denoiser.sites[number].keeps_output
-    kept = outputs if keeps_output else residual(outputs, inputs)
+    kept = _own(denoiser, outputs) if keeps_output else residual(outputs, inputs)
     if kept[0] is not None:
         signals = SpanSignals(denoiser, forward, entered[0])
         forward.remember(number, signals, Computed(inputs, outputs, kept))
+
+
+def _own(denoiser: Denoiser, streams: Streams) -> Streams:
+    """Streams that a U-Net may write into, as FreeU does between layers, and nothing kept is."""
+    if denoiser.family.spans is None:
+        return streams
+    return tuple(None if stream is None else stream.clone() for stream in streams)
 
 
 def _site_of(denoiser: Denoiser, index: int) -> tuple[int, Site | None]:

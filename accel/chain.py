@@ -63,7 +63,7 @@ class Chain:
         hidden = streams[0]
         if self.stacks[index].reshapes and hidden is not None:
             shape = (hidden.shape[0], *self._shapes[index][1:])
-            streams = (hidden.new_zeros(()).expand(shape), *streams[1:])
+            streams = (hidden.new_empty(shape), *streams[1:])  # FreeU writes into it
         return self.pack(index, streams)
 
     def keeps_shape(self, index: int) -> bool:
