@@ -115,7 +115,7 @@ def test_freeu_writes_into_nothing_that_is_kept(method, monkeypatch) -> None:
 
 
 def test_sequential_offload() -> None:
-    """accelerate itself fails to send weights from the CPU to the CPU."""
+    """On a CPU accelerate itself fails to send weights from the CPU to the CPU."""
     tiny = TINY["flux"]()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tiny.pipe.enable_sequential_cpu_offload(device=device)
@@ -346,7 +346,7 @@ def test_modular_guiders_and_guidance_methods() -> None:
     tiny = modular("sdxl", "StableDiffusionXLAutoBlocks")
     host = modular_run(tiny)
     accel.patch(tiny.pipe, accel.CfgCache())
-    with pytest.raises(accel.AccelError):
+    with pytest.raises(accel.AccelError, match="guidance is off"):
         modular_run(tiny)
     accel.unpatch(tiny.pipe)
     assert torch.equal(modular_run(tiny), host)
