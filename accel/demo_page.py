@@ -16,6 +16,8 @@ from accel import demo_forms as forms
 from accel import demo_view as view
 from accel import media, model_zoo
 from accel.demo_engine import Engine, Outcome, Progress, Run, Wish
+from accel.demo_stream import Streams
+from accel.demo_stream_tab import StreamTab
 from accel.demo_style import EMPTY, HEADER
 from accel.generate import Job
 from accel.method import AccelError
@@ -34,6 +36,7 @@ class Page:
         self._engine, self._extra = engine, extra
         self._models = [*models, *(f"{forms.ZOO}{name}" for name in model_zoo.names())]
         self._runs: dict[str | None, Run] = {}
+        self._stream = StreamTab(Streams())
         self._folder = tempfile.TemporaryDirectory(prefix="accel-demo-")
         self._files: collections.deque[Path] = collections.deque()
 
@@ -43,11 +46,13 @@ class Page:
             title="accel", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)
         ) as page:
             gr.HTML(HEADER)
-            with gr.Row():
+            with gr.Tab("Generate"), gr.Row():
                 with gr.Column(scale=4, min_width=340):
                     self._build_controls()
                 with gr.Column(scale=7, min_width=460):
                     self._build_results()
+            with gr.Tab("Stream"):
+                self._stream.build()
             self._connect(page)
         return page  # type: ignore[no-any-return]
 
@@ -169,6 +174,7 @@ class Page:
             show_progress="hidden",
             show_progress_on=[self.status],
             api_name="generate",
+            concurrency_id="device",
         )
         self.halt.click(self._stop, None, self.status, cancels=[made], **quick)
         self.gallery.select(self._look_again, self.history, self._shown_in(), **quick)
@@ -268,6 +274,7 @@ class Page:
 
     def _left(self, request: gr.Request) -> None:
         """The visitor closed the page."""
+        self._stream.left(request.session_hash)
         run = self._runs.pop(request.session_hash, None)
         if run is not None:
             run.stop()

@@ -45,5 +45,5 @@ CSS = """
 .accel-tile small {opacity: .7} .accel-tile b {font-size: 1.3rem; line-height: 1.5rem}
 .accel-tile span {font-size: .72rem; opacity: .6}
 .accel-warning {color: #b45309; margin-top: .5rem}
-#video video {image-rendering: pixelated}
+#video video, #stream-in img, #stream-out img {image-rendering: pixelated}
 """

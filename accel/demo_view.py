@@ -129,14 +129,19 @@ def figures(outcome: Outcome) -> str:
             ("work done", f"{report.share_computed:.0%}", "share of the blocks executed"),
             ("cache memory", f"{report.memory_bytes / 2**20:.1f} MiB", "most held at once"),
         ]
-    cards = "".join(
-        f'<div class="accel-tile"><small>{name}</small><b>{value}</b><span>{note}</span></div>'
-        for name, value, note in tiles
-    )
     warning = ""
     if report.rows and report.hit_rate == 0:
         warning = '<p class="accel-warning">Nothing was skipped: these settings save no time.</p>'
-    return f'<div class="accel-tiles">{cards}</div>{warning}'
+    return cards(tiles) + warning
+
+
+def cards(tiles: Sequence[tuple[str, str, str]]) -> str:
+    """Tiles of (name, value, note)."""
+    shown = "".join(
+        f'<div class="accel-tile"><small>{name}</small><b>{value}</b><span>{note}</span></div>'
+        for name, value, note in tiles
+    )
+    return f'<div class="accel-tiles">{shown}</div>'
 
 
 def _decibel(psnr: float) -> str:

@@ -246,3 +246,51 @@ def test_recipes_go_out_and_come_back(page, tmp_path) -> None:
     cells = page.locator("#heat svg title")
     computed = sum("computed" in cells.nth(i).text_content() for i in range(cells.count()))
     assert computed == 2 * 2
+
+
+def test_a_stream_is_seen_reworded_and_stopped(page) -> None:
+    page.get_by_role("tab", name="Stream").click()
+    words = page.locator("#stream-prompt textarea")
+    words.fill("apple on a blue background")
+    page.locator("#stream-go").click()
+    page.get_by_text("Streaming: frame").wait_for()
+    page.wait_for_function(
+        "() => /frame ([3-9]\\d|\\d{3})/.test(document.querySelector('#stream-status').innerText)"
+    )
+    frames = page.locator("#stream-out img")
+    frames.wait_for()
+    before = frames.get_attribute("src")
+    page.wait_for_function(
+        "before => document.querySelector('#stream-out img').src != before", arg=before
+    )
+    figures = page.locator("#stream-figures").inner_text()
+    assert float(re.search(r"frames a second\s+([\d.]+)", figures)[1]) > 0
+    assert re.search(r"left out\s+\d+%", figures)
+    words.fill("frog on a green background")
+    page.locator("#stream-change").click()
+    page.wait_for_timeout(1500)
+    picture_of(page, "demo-stream", full_page=True)
+    page.locator("#stream-stop").click()
+    page.get_by_text("Stopped the stream.").wait_for()
+    page.wait_for_timeout(1000)
+    stopped = frames.get_attribute("src")
+    page.wait_for_timeout(1500)
+    assert frames.get_attribute("src") == stopped
+
+
+def test_uploaded_pictures_are_redrawn_to_the_end(page, tmp_path) -> None:
+    files = []
+    for number in range(5):
+        files.append(tmp_path / f"{number}.png")
+        Image.new("RGB", (80, 60), (50 * number, 90, 160)).save(files[-1])
+    page.get_by_role("tab", name="Stream").click()
+    page.locator("#stream-files input[type=file]").set_input_files(files)
+    page.wait_for_function(
+        "() => document.querySelector('#stream-files').innerText.split('.png').length == 6"
+    )
+    page.locator("#stream-go").click()
+    page.get_by_text("Ended after 5 frames.").wait_for()
+    page.get_by_role("tab", name="Generate").click()
+    choose_model(page, "zoo:emoji-unet")
+    set_steps(page, 2)
+    generate(page)  # nothing of the stream is left running
