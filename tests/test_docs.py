@@ -430,6 +430,18 @@ def test_what_accel_is_said_to_say_is_in_its_source() -> None:
     assert not [each for each in quoted if each not in known]
 
 
+def test_every_method_and_family_is_in_the_tables() -> None:
+    methods = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    for place in registry.METHODS.values():
+        name = place.split(":")[1]
+        row = re.search(rf"^\| {name} \|.*\[[\w ]+\]\((\w+\.md)\)", methods, re.MULTILINE)
+        assert row is not None, name
+        page = (ROOT / "docs" / "methods" / row[1]).read_text(encoding="utf-8")
+        assert name in page, f"{row[1]} does not name {name}"
+    families = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    assert not [name for name in registry.FAMILIES if f"| {name}" not in families]
+
+
 def test_every_reason_is_a_reason() -> None:
     for block in BLOCKS:
         assert block.reason is None or len(block.reason) > 10, block.id
