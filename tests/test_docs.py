@@ -253,6 +253,13 @@ def test_commands_run_on_the_zoo(where, command, tmp_path) -> None:
         assert (tmp_path / words[words.index("-o") + 1]).exists()
 
 
+def test_blocks_that_are_not_run_say_why() -> None:
+    run = {command for _, command in runs_on_the_zoo()}
+    for block in TYPED:
+        ours = [command for command in typed(block) if command.startswith("accel ")]
+        assert set(ours) <= run or block.reason is not None, f"{block.id}: {ours}"
+
+
 def test_what_is_run_is_not_nothing() -> None:
     kinds = {shlex.split(command)[1] for _, command in runs_on_the_zoo()}
     assert {"generate", "bench", "calibrate", "recipe", "batch"} <= kinds
