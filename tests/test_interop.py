@@ -6,6 +6,7 @@ LoRA, model and group offload, regional compilation, copies and schedulers: `tes
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,22 @@ def test_sequential_offload() -> None:
     except TypeError:
         pytest.skip("sequential offload needs an accelerator; group offload by leaves is tested")
     beside(tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
+def test_regional_compilation_by_inductor() -> None:
+    """Without graph breaks, with generated code; the graphs themselves: `test_composition.py`."""
+    torch._dynamo.reset()
+    tiny = TINY["wan21"]()
+    host = run(tiny)
+    with accel.patched(tiny.pipe, CYCLE):
+        reused = run(tiny)
+        tiny.pipe.transformer.compile_repeated_blocks(fullgraph=True)
+        assert torch.allclose(run(tiny), reused, atol=1e-4)
+        assert set(accel.stats(tiny.pipe).verdicts.values()) == {"CRCRCRCR"}
+    assert torch.allclose(run(tiny), host, atol=1e-4)
+    torch._dynamo.reset()
 
 
 # --- quantizers ----------------------------------------------------------------------------------
