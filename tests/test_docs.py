@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -456,20 +457,43 @@ def test_every_reason_is_a_reason() -> None:
     assert len(told) == sum(block.reason is not None for block in BLOCKS)
 
 
-def test_the_site_builds_without_warnings(tmp_path) -> None:
+def build_site(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Not `--quiet`: that hides warnings from `--strict` too."""
     pytest.importorskip("material", reason="mkdocs-material is of the extra dev")
-    build = ["mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
-    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", *build], cwd=ROOT, capture_output=True, text=True, env=quiet
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
+
+
+def test_the_site_builds_without_warnings(tmp_path) -> None:
+    done = build_site(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    for page in PAGES:
-        place = page.relative_to(ROOT / "docs") if "docs" in page.parts else None
-        if place is not None:
-            name = (
-                place.with_suffix(".html")
-                if place.name != "README.md"
-                else place.parent / "index.html"
-            )
-            assert (tmp_path / "site" / name).is_file(), name
+    for page in (ROOT / "docs").rglob("*.md"):
+        place = page.relative_to(ROOT / "docs").with_suffix(".html")
+        place = place.parent / "index.html" if page.name == "README.md" else place
+        assert (tmp_path / place).is_file(), place
+    for page in ("index", "contributing", "changelog"):
+        assert (tmp_path / f"{page}.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "message"),
+    [
+        ("docs/demo.md", "[x](nothing.md)", "nothing.md"),
+        ("docs/demo.md", "[x](recipes.md#nowhere)", "nowhere"),
+        ("README.md", "[x](docs/nothing.md)", "nothing.md"),
+    ],
+)
+def test_broken_links_stop_the_build(page, text, message, tmp_path) -> None:
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("docs", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    with (tmp_path / page).open("a") as file:
+        file.write(f"\n{text}\n")
+    done = build_site(tmp_path / "site", tmp_path)
+    assert done.returncode == 1 and message in done.stderr

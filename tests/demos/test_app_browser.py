@@ -294,3 +294,17 @@ def test_uploaded_pictures_are_redrawn_to_the_end(page, tmp_path) -> None:
     choose_model(page, "zoo:emoji-unet")
     set_steps(page, 2)
     generate(page)  # nothing of the stream is left running
+
+
+def test_closing_the_tab_ends_its_stream(browser, server, page) -> None:
+    leaving = browser.new_page()
+    opened(leaving, server)
+    leaving.get_by_role("tab", name="Stream").click()
+    leaving.locator("#stream-go").click()
+    leaving.get_by_text("Streaming: frame").wait_for()
+    leaving.close()
+    choose_model(page, "zoo:emoji-unet")
+    set_steps(page, 2)
+    began = time.monotonic()
+    generate(page)  # the camera alone would go on for minutes
+    assert time.monotonic() - began < 20
