@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from accel import frame_sources, model_zoo
+from accel import frame_sources, model_zoo, registry
 from accel.method import AccelError
-from accel.pipelines.stream import StreamPipeline
 from accel.similarity_filter import SimilarityFilter
 from accel.stream_session import Session
 
@@ -62,7 +61,7 @@ class Shown:
 class Run:
     """A stream from a source of frames. Iterate for what is `Shown`; ends when the source does."""
 
-    def __init__(self, stream: StreamPipeline, source: Iterator[Image.Image]) -> None:
+    def __init__(self, stream: Any, source: Iterator[Image.Image]) -> None:
         self._stream = stream
         self._session = Session(stream, depth=2)
         self._entered: dict[int, Frames] = {}
@@ -125,7 +124,7 @@ class Streams:
         if not 0.5 <= similarity <= 1:
             raise AccelError(f"similarity={similarity}: accepted are 0.5 to 1")
         source = pictures(files) if files else camera()
-        stream = StreamPipeline(
+        stream = registry.pipeline("stream")(
             self._loaded(),
             checked(prompt),
             height=SIZE,
