@@ -108,7 +108,8 @@ def directions(moments: Tensor, variance: float) -> Tensor:
     wanted = (before < variance * values.sum(-1, keepdim=True)) | (variance == 1)
     most = int(wanted.sum(-1).max())
     width = min(-(-most // MULTIPLE) * MULTIPLE, wanted.shape[-1])
-    return vectors[..., :width] * wanted[..., None, :width]
+    found: Tensor = vectors[..., :width] * wanted[..., None, :width]
+    return found
 
 
 class _Pruned:
