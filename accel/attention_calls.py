@@ -18,10 +18,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from accel.hooks import native_dispatch, override
-from accel.method import Handle
+from accel.method import AccelError, Handle
+from accel.sublayer import sublayers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from accel.denoiser import Denoiser
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,34 @@ def attention_layers(denoiser: Any) -> list[AttentionLayer]:
         for name, module in denoiser.named_modules()
         if callable(getattr(module, "processor", None))
     ]
+
+
+def self_attention(denoiser: Denoiser, method: str) -> list[AttentionLayer]:
+    """The layers of the blocks whose tokens attend to each other; raises when none is known."""
+    owner = type(denoiser.module).__name__
+    own = [each for each in sublayers(denoiser.chain, owner) if each.kind in ("self", "fused")]
+    wanted = {id(module) for each in own for module in each.modules}
+    layers = [each for each in attention_layers(denoiser.module) if id(each.module) in wanted]
+    if not layers:
+        raise AccelError(f"{method} needs self-attention layers; {owner} has none that are known")
+    return layers
+
+
+def intercept(
+    denoiser: Denoiser,
+    layers: Sequence[AttentionLayer],
+    attend: Attend,
+    forget: Callable[[], None] | None = None,
+) -> Handle:
+    """Let `attend` compute the attention of some layers; `forget` is called between runs."""
+
+    def hook() -> Callable[[], None]:
+        interception = Interception(layers, attend)
+        calls = [interception.refresh, *([forget] if forget is not None else [])]
+        handles = [denoiser.when_forgetting(call) for call in calls]
+        return Handle.together([*handles, Handle(interception.remove)]).remove
+
+    return denoiser.follow(hook)
 
 
 class Interception:

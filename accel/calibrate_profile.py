@@ -69,8 +69,8 @@ class PromptProfile:
             values = self.values[f"prediction/{branch}"] - self.values[f"latent/{branch}"]
         else:
             values = self.values[f"{site}/{branch}"]
-        values = values.double()
-        found: NDArray[np.float64] = (values @ values.T).numpy()
+        wide = values.double()
+        found: NDArray[np.float64] = (wide @ wide.T).numpy()
         return found
 
     def lagged_error(self, site: str, lag: int, branch: str = "cond") -> NDArray[np.float64]:

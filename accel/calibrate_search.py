@@ -31,8 +31,6 @@ _SPREAD = 1.3
 """Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
 _UNKNOWN_SPREAD = 3.0
 """dB, while there is one run alone."""
-_WIDTH = 1.1
-"""A speed-up up to this times the wanted one reaches it."""
 
 
 class UnreachableError(AccelError):
@@ -81,7 +79,7 @@ class Target:
         if self.speedup is None:
             reached = psnr >= (self.psnr or 0)
             return (reached, speedup if reached else psnr)
-        reached = self.speedup <= speedup <= self.speedup * _WIDTH
+        reached = speedup >= self.speedup
         return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
 
 
@@ -127,10 +125,9 @@ def calibrate(
     candidate is tried.
 
     `folder` keeps every run: a killed calibration goes on from there, and one for another target
-    adds its points to the front. `shard` (i, n) makes only the
-    first rung's runs i, i + n, … into its folder, and `merge` takes over other folders' runs.
-    Raises `AccelError` for bad arguments or another model's folder, `UnreachableError` when nothing
-    reaches the target.
+    adds its points to the front. `shard` (i, n) makes only the first rung's runs i, i + n, … into
+    its folder, and `merge` takes over other folders' runs. Raises `AccelError` for bad arguments or
+    another model's folder, `UnreachableError` when nothing reaches the target.
     """
     texts = list(prompts)
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):

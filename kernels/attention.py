@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from accel.attention_calls import AttentionCall, AttentionLayer, Interception, attention_layers
+from accel.attention_calls import AttentionCall, AttentionLayer, attention_layers, intercept
 from accel.denoiser import Denoiser
 from accel.kernels.attention_fastest import Fastest, signature
 from accel.kernels.attention_precision import BUCKETS, Calibration, Plan, bucket
@@ -88,7 +88,8 @@ class Attention:
                 f"Attention: no attention layer of {type(denoiser.module).__name__} has a name "
                 f"like {' or '.join(self.layers)}; it has {names}{', …' if known[4:] else ''}"
             )
-        return _Installed(self, denoiser).handle(chosen)
+        installed = _Installed(self, denoiser)
+        return intercept(denoiser, chosen, installed.attend).settling(installed.settled)
 
     @classmethod
     def survey(cls, query: Tensor) -> dict[str, str]:
@@ -110,21 +111,6 @@ class _Installed:
         self.calibration: Calibration | None = None
         self.measured_run = -1
         self.refused: dict[tuple[Any, ...], str | None] = {}
-
-    def handle(self, layers: Sequence[AttentionLayer]) -> Handle:
-        """Hook the layers, now and at each run's start; the handle undoes it."""
-
-        def hook() -> Callable[[], None]:
-            interception = Interception(layers, self.attend)
-            self.denoiser.forgetting.append(interception.refresh)
-
-            def undo() -> None:
-                self.denoiser.forgetting.remove(interception.refresh)
-                interception.remove()
-
-            return undo
-
-        return self.denoiser.follow(hook).settling(self.settled)
 
     def settled(self) -> Attention:
         """The settings with the plan that was measured by now."""

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn.functional import pad
 
-from accel.attention_calls import AttentionCall, Interception, attention_layers
+from accel.attention_calls import AttentionCall, intercept, self_attention
 from accel.denoiser import Denoiser
 from accel.geometry import token_grid
 from accel.kernels.attention_inputs import repeat_heads, softmax_scale
 from accel.kernels.block_sparse_attention import block_sparse_attention
 from accel.kernels.token_tiles import Grid, sequence_orders
-from accel.method import AccelError, Handle, check, is_count, is_number
-from accel.sublayer import sublayers
+from accel.method import Handle, check, is_count, is_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,28 +69,9 @@ class NABLA:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the self-attention of all blocks."""
-        owner = type(denoiser.module).__name__
-        found = sublayers(denoiser.chain, owner)
-        wanted = {
-            id(m) for layer in found if layer.kind in ("self", "fused") for m in layer.modules
-        }
-        layers = [each for each in attention_layers(denoiser.module) if id(each.module) in wanted]
-        if not layers:
-            raise AccelError(f"NABLA needs self-attention layers; {owner} has none that are known")
         sparse = _Sparse(self, denoiser)
-
-        def hook() -> Callable[[], None]:
-            interception = Interception(layers, sparse.attend)
-            denoiser.forgetting += [interception.refresh, sparse.say]
-
-            def undo() -> None:
-                denoiser.forgetting.remove(interception.refresh)
-                denoiser.forgetting.remove(sparse.say)
-                interception.remove()
-
-            return undo
-
-        return denoiser.follow(hook)
+        layers = self_attention(denoiser, "NABLA")
+        return intercept(denoiser, layers, sparse.attend, sparse.say)
 
 
 def kept_blocks(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from accel.attention_calls import AttentionCall, AttentionLayer, Interception, attention_layers
+from accel.attention_calls import AttentionCall, intercept, self_attention
 from accel.denoiser import Denoiser
 from accel.kernels.attention_inputs import repeat_heads, softmax_scale
-from accel.method import AccelError, Handle, check, is_number
-from accel.sublayer import sublayers
+from accel.method import Handle, check, is_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,37 +55,9 @@ class PrincipalAttention:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the self-attention of all blocks."""
-        layers = _own_attention(denoiser)
-        if not layers:
-            owner = type(denoiser.module).__name__
-            raise AccelError(
-                f"PrincipalAttention needs self-attention layers; {owner} has none that are known"
-            )
         pruned = _Pruned(self, denoiser)
-
-        def hook() -> Callable[[], None]:
-            interception = Interception(layers, pruned.attend)
-            calls = [interception.refresh, pruned.forget]
-            denoiser.forgetting += calls
-
-            def undo() -> None:
-                for call in calls:
-                    denoiser.forgetting.remove(call)
-                interception.remove()
-
-            return undo
-
-        return denoiser.follow(hook)
-
-
-def _own_attention(denoiser: Denoiser) -> list[AttentionLayer]:
-    wanted = {
-        id(module)
-        for layer in sublayers(denoiser.chain, type(denoiser.module).__name__)
-        if layer.kind in ("self", "fused")
-        for module in layer.modules
-    }
-    return [each for each in attention_layers(denoiser.module) if id(each.module) in wanted]
+        layers = self_attention(denoiser, "PrincipalAttention")
+        return intercept(denoiser, layers, pruned.attend, pruned.forget)
 
 
 def second_moments(query: Tensor, key: Tensor) -> Tensor:

@@ -34,6 +34,21 @@ def baseline():
     return lambda name: built(name)[1]
 
 
+@pytest.fixture
+def video(tmp_path):
+    """An MP4 of six grey frames of 48 × 32, each brighter than the one before."""
+    av, np = pytest.importorskip("av"), pytest.importorskip("numpy")
+    file = tmp_path / "clip.mp4"
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height = 48, 32
+        for number in range(6):
+            picture = np.full((32, 48, 3), 40 * number, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return file
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if not MATRIX:
         return

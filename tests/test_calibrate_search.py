@@ -124,6 +124,7 @@ def test_targets_count_the_median_or_nine_of_ten() -> None:
     wanted = Target.of(3.0, None, None)
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
     assert wanted.score(3.1, 31) > wanted.score(3.1, 30)
+    assert wanted.score(5.0, 40) > wanted.score(3.1, 30)  # "at least": better in both
 
 
 @pytest.fixture(scope="module")

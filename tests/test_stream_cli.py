@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,19 +26,6 @@ def folder(tmp_path):
         array = (values.random((40, 48, 3)) * 255).astype(np.uint8)
         Image.fromarray(array).save(place / f"{number}.png")
     return place
-
-
-@pytest.fixture
-def video(tmp_path):
-    file = tmp_path / "clip.mp4"
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height = 48, 32
-        for number in range(COUNT):
-            picture = np.full((32, 48, 3), 40 * number, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return file
 
 
 def call(source, output, *options):

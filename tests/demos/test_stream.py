@@ -3,7 +3,6 @@
 import threading
 from types import SimpleNamespace
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,19 +25,6 @@ def folder(tmp_path):
         grey = Image.new("RGB", (50, 40), (40 * number,) * 3)
         grey.save(tmp_path / f"{number}.png")
     return tmp_path
-
-
-@pytest.fixture
-def video(tmp_path):
-    file = tmp_path / "clip.mp4"
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height = 48, 32
-        for number in range(COUNT):
-            picture = np.full((32, 48, 3), 40 * number, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-    return file
 
 
 def threads() -> list[threading.Thread]:
