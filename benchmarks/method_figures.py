@@ -22,7 +22,7 @@ def rows() -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
     for file in sorted((HERE / "results").glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         for row in content.get("rows", []):
-            if row["kind"] == "accel" and "failed" not in row:
+            if row.get("kind") == "accel" and "failed" not in row:
                 found.setdefault(row["name"].split("(")[0], []).append((row, content))
     return found
 
