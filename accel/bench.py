@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 FRAME_STRIDE = 4
 """Feature distances of videos look at every fourth frame."""
 
+NOTHING_SKIPPED = ("text", "tokens", "attention", "linear")
+"""Slots of methods that make blocks cheaper and run them all."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -156,7 +159,7 @@ class Bench:
             "accel",
             switch=lambda: accel.patched(self.pipe, *settled),
             share=lambda: accel.stats(self.pipe).share_computed,
-            skips=any(method.slot not in ("text", "tokens") for method in settings),
+            skips=any(method.slot not in NOTHING_SKIPPED for method in settings),
         )
 
     def overhead(self) -> dict[str, float]:
@@ -286,7 +289,7 @@ def _line(row: dict[str, Any]) -> str:
 def _label(settings: Any) -> str:
     """The settings that differ from the defaults, without measured tables."""
     shown = [
-        f"{item.name}={getattr(settings, item.name)}"
+        f"{item.name}={getattr(settings, item.name)!r}"
         for item in dataclasses.fields(settings)
         if getattr(settings, item.name) != item.default
         and item.name not in ("ratios", "polynomial", "domain")

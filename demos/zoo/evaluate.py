@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,8 @@ def main() -> None:
     captions = lines[: options.num_prompts] * options.seeds
     result = evaluate(options.model, captions, options.steps, options.guidance)
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        command = " ".join(["python -m demos.zoo.evaluate", *sys.argv[1:]])
+        options.json.write_text(json.dumps({"command": command, **result}, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "runs"}))
 
 
