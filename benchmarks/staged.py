@@ -1,8 +1,8 @@
 """Staged samplers on the zoo: speed, formula scores and distances to the untouched run.
 
-    python benchmarks/staged.py emoji-image --num-prompts 16
-    python benchmarks/staged.py emoji-video --num-prompts 16
-    python benchmarks/staged.py --maps docs/ralu-regions.png
+    python -m benchmarks.staged emoji-image --num-prompts 16
+    python -m benchmarks.staged emoji-video --num-prompts 16
+    python -m benchmarks.staged --maps docs/ralu-regions.png
 
 For each prompt all rows run in turn. Speed-up is untouched CPU seconds (one thread) over a row's,
 the median over prompts: other jobs on the machine disturb it less than wall-clock time.
