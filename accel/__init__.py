@@ -72,6 +72,7 @@ __all__ = [
     "EasyCache",
     "FasterCache",
     "FirstBlockCache",
+    "FitCache",
     "FoCa",
     "Foresight",
     "GrowingLine",

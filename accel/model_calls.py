@@ -27,10 +27,10 @@ def call_model(
     if forward.decide(index, signals):
         (value,) = forward.forecast(index, signals, lambda: (run()[0],))
         assert value is not None  # only non-None predictions are remembered
-        return state.dress(value + _latent_like(latent, value.shape).to(value.dtype))
+        return state.dress(value + latent_like(latent, value.shape).to(value.dtype))
     output = _run(denoiser, forward, run)
     prediction = waited(output[0])
-    base = _latent_like(latent, prediction.shape)
+    base = latent_like(latent, prediction.shape)
     computed = Computed((base,), (prediction,), (prediction - base,))
     forward.remember(index, signals, computed)
     state.dress = dressed(output)
@@ -44,7 +44,7 @@ def _run(denoiser: Denoiser, forward: Forward, run: Callable[[], Any]) -> Any:
     return output
 
 
-def _latent_like(latent: Any, shape: Any) -> Any:
+def latent_like(latent: Any, shape: Any) -> Any:
     """The latent in the prediction's shape: extra channels cut off, missing ones zero.
 
     Image-to-video latents carry condition channels; learned-variance predictions carry more.

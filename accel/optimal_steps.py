@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 Costs = NDArray[np.float64]
+_RIDGE = 1e-7
+"""Of each regressor's square: two steps that say the same share the weight."""
 
 
 def forecast_costs(gram: Costs, line: bool) -> Costs:
@@ -29,11 +33,24 @@ def forecast_costs(gram: Costs, line: bool) -> Costs:
 
 
 def best_steps(costs: Costs, computes: int, minimax: bool) -> list[int]:
-    """The `computes` steps, 0 among them, from which the others are forecast best."""
+    """The `computes` steps, 0 among them, from which the others are forecast best.
+
+    `costs`: see `forecast_costs`; their sum is made least, or with `minimax` the largest of them.
+    """
     count = len(costs)
-    join = np.maximum if minimax else np.add
     gather = np.maximum.accumulate(costs, axis=2) if minimax else np.cumsum(costs, axis=2)
-    until = np.concatenate((np.zeros((count, count, 1)), gather), axis=2)  # errors before step n
+    until = np.concatenate((np.zeros((count, count, 1)), gather), axis=2)
+    return cheapest_path(until, computes, minimax)
+
+
+def cheapest_path(until: Costs, computes: int, minimax: bool = False) -> list[int]:
+    """The `computes` steps, 0 among them, whose gaps cost least.
+
+    `until` (steps, steps, steps + 1): entry [i, j, n] is the cost of forecasting all steps between
+    j and n from the computed steps i and j; n = steps is the end of the run.
+    """
+    count = len(until)
+    join = np.maximum if minimax else np.add
     best = np.full((count, count), np.inf)
     best[0, 0] = 0.0
     trail = []
@@ -49,3 +66,63 @@ def best_steps(costs: Costs, computes: int, minimax: bool) -> list[int]:
         steps.append(i)
         i, j = int(came_from[i, j]), i
     return steps[::-1]
+
+
+def fitted_weights(
+    products: Costs, older: int, newer: int, steps: Sequence[int]
+) -> NDArray[np.float64]:
+    """Weights (steps, 3) of two residuals and of the latent at hand, nearest in least squares.
+
+    The residual of each of `steps` is approached by those of steps `older` and `newer` and by its
+    own latent; when both are one step, the older's weight is 0. `products` (2·N, 2·N): inner
+    products of all N residuals, then of all N latents, of one run or summed over several.
+    """
+    count = len(products) // 2
+    first = [[newer] if older == newer else [older, newer]] * len(steps)
+    known = np.array([[*pair, count + step] for pair, step in zip(first, steps, strict=True)])
+    inner = products[known[:, :, None], known[:, None, :]]
+    size = np.sqrt(np.maximum(np.diagonal(inner, axis1=1, axis2=2), 1e-300))
+    scaled = inner / (size[:, :, None] * size[:, None, :]) + _RIDGE * np.eye(known.shape[1])
+    wanted = products[known, np.array(steps)[:, None]] / size
+    weights: NDArray[np.float64] = np.linalg.solve(scaled, wanted[:, :, None])[:, :, 0] / size
+    return weights if older != newer else np.pad(weights, ((0, 0), (1, 0)))
+
+
+def drift_costs(products: Costs, strides: Sequence[float]) -> Costs:
+    """Squared drift of the latent over a gap that is forecast with `fitted_weights`.
+
+    Entry [i, j, n] (N, N, N + 1) is ‖Σ strideₛ·errorₛ‖² over the steps s between j and n: how far
+    the solver ends up from where it would be, errors of one sign adding up. i = j only at step 0.
+    """
+    count, stride = len(strides), np.asarray(strides, dtype=np.float64)
+    costs = np.zeros((count, count, count + 1))
+    for newer in range(count - 1):
+        after = np.arange(newer + 1, count)
+        for older in range(newer) if newer else (0,):
+            weights = fitted_weights(products, older, newer, after.tolist())
+            error = np.zeros((len(after), 2 * count))
+            rows = np.arange(len(after))
+            error[rows, after] = 1
+            error[:, older] -= weights[:, 0]
+            error[:, newer] -= weights[:, 1]
+            error[rows, count + after] = -weights[:, 2]
+            drift = np.cumsum(error * stride[after, None], axis=0)
+            costs[older, newer, newer + 2 :] = ((drift @ products) * drift).sum(axis=1)
+    return np.maximum(costs, 0.0)
+
+
+def solver_strides(log_snr: Sequence[float], prediction: str) -> list[float]:
+    """How far each step moves the latent for a unit of the denoiser's prediction.
+
+    `log_snr`: log(signal/noise) a step; `prediction` as `StepClock.prediction`. The change of σ for
+    flow matching; of noise/signal for "epsilon", in whose units a VP latent over its signal is an
+    integral of ε; of the angle between both for "v_prediction"; for "sample" that over its sine.
+    """
+    ratio = np.exp(-np.asarray(log_snr, dtype=np.float64))
+    angle = np.arctan(ratio)
+    path = {"flow": ratio / (1 + ratio), "epsilon": ratio}.get(prediction, angle)
+    strides = np.abs(np.diff(np.append(path, 0.0)))
+    if prediction == "sample":
+        strides = strides / np.sin(angle)
+    found: list[float] = strides.tolist()
+    return found

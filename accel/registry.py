@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "foresight": "accel.caches.foresight:Foresight",
     "dicache": "accel.caches.di_cache:DiCache",
     "dpcache": "accel.caches.dp_cache:DPCache",
+    "fitcache": "accel.caches.fit_cache:FitCache",
     "deltadit": "accel.caches.delta_dit:DeltaDiT",
     "deepcache": "accel.caches.deep_cache:DeepCache",
     "spectrum": "accel.caches.spectrum:Spectrum",

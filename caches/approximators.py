@@ -230,7 +230,7 @@ class _Points:
         if len(self.points) == 1:
             return self.points[0][1]
         weights = self.weights([place for place, _ in self.points], step)
-        return _combine(weights, [value for _, value in self.points])
+        return combine(weights, [value for _, value in self.points])
 
     def weights(self, places: list[int], step: int) -> list[float]:
         raise NotImplementedError
@@ -322,7 +322,7 @@ class _Alignment:
             return self.values[-1]
         gone = signals.mean_change(signals.hidden - signals.entry, self.probes[0])
         share = min(max(gone / self.apart, 1.0), self.limit)
-        return _combine([1 - share, share], self.values)
+        return combine([1 - share, share], self.values)
 
     @property
     def ready(self) -> bool:
@@ -350,7 +350,7 @@ class _Heun:
     def update(self, step: int, value: Streams, signals: Signals) -> None:
         if self.computed is not None:
             gap = step - self.step if self.per_step else 1
-            self.change = _combine([1 / gap, -1 / gap], [value, self.computed])
+            self.change = combine([1 / gap, -1 / gap], [value, self.computed])
         self.computed, self.step, self.latest = value, step, None
 
     def predict(self, step: int, signals: Signals) -> Streams:
@@ -359,12 +359,12 @@ class _Heun:
             return self.computed
         half = min(step - self.step, 3) / 2
         if self.latest is None:
-            forecast = _combine([1.0, 2 * half], [self.computed, self.change])
+            forecast = combine([1.0, 2 * half], [self.computed, self.change])
             self.latest = (self.computed, forecast)
         else:
             old, new = self.latest
             weights = [1.0, half, half, -half]
-            forecast = _combine(weights, [self.computed, self.change, new, old])
+            forecast = combine(weights, [self.computed, self.change, new, old])
             self.latest = (new, forecast)
         return forecast
 
@@ -394,7 +394,7 @@ class _Differences:
         gap = step - self.step
         terms = [value]
         for old in self.terms[: self.order]:
-            terms.append(_combine([1 / gap, -1 / gap], [terms[-1], old]))
+            terms.append(combine([1 / gap, -1 / gap], [terms[-1], old]))
         self.terms, self.step = terms, step
 
     def predict(self, step: int, signals: Signals) -> Streams:
@@ -402,7 +402,7 @@ class _Differences:
             return self.terms[0]
         ahead = step - self.step
         weights = [self.basis(m, ahead) / math.factorial(m) for m in range(len(self.terms))]
-        return _combine(weights, self.terms)
+        return combine(weights, self.terms)
 
     @property
     def ready(self) -> bool:
@@ -416,7 +416,7 @@ class _Differences:
         return [tensor for value in self.terms for tensor in value if tensor is not None]
 
 
-def _combine(weights: list[float], values: list[Streams]) -> Streams:
+def combine(weights: list[float], values: list[Streams]) -> Streams:
     """Weighted sum of residuals, stream by stream, in fp32."""
 
     def one(tensors: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -6,15 +6,13 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
-import torch
-
 from accel.caches.approximators import HoldResidual, Newton
+from accel.caches.products import Compute, Products
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_number
-from accel.optimal_steps import Costs, best_steps, forecast_costs
-from accel.site import Approximator, Branch, Computed, Signals, StepContext
+from accel.optimal_steps import best_steps, forecast_costs
+from accel.site import Approximator, Branch
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ class DPCache:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the block chain, or to the whole denoiser when there is none."""
-        found, products = list(self.schedule or ()), _Products()
+        found, products = list(self.schedule or ()), Products()
 
         def settle() -> None:
             if not found and products.run == denoiser.clock.completed and len(products.rows) > 1:
@@ -85,11 +83,11 @@ class DPCache:
                 steps = best_steps(costs, computes, self.objective == "max")
                 found.extend(products.schedule(steps))
 
-        def policy(branch: Branch) -> Table | _Products | _Compute:
+        def policy(branch: Branch) -> Table | Products | Compute:
             settle()
             if found:
                 return Table(tuple(found))
-            return products.begin(denoiser.clock.run) if branch.ordinal == 0 else _Compute()
+            return products.begin(denoiser.clock.run) if branch.ordinal == 0 else Compute()
 
         def settled() -> DPCache:
             settle()
@@ -99,54 +97,3 @@ class DPCache:
             logger.info("DPCache: no schedule known; the first run is computed and measured")
         handle = denoiser.cache_widest(policy, self.reuse, "DPCache", self.whole)
         return handle.settling(settled)
-
-
-class _Compute:
-    """Skips nothing."""
-
-    def skip(self, context: StepContext, signals: Signals) -> bool:
-        return False
-
-    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        pass
-
-
-class _Products(_Compute):
-    """Inner products of all residuals of one run; one host transfer a step."""
-
-    def __init__(self) -> None:
-        self.begin(-1)
-
-    def begin(self, run: int) -> _Products:
-        self.run = run
-        self.residuals: list[torch.Tensor] = []
-        self.rows: list[list[float]] = []
-        self.places: list[int] = []
-        return self
-
-    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        new = site.kept[0]
-        assert new is not None  # a span is remembered only with its hidden states
-        self.residuals.append(new)
-        self.places.append(context.place)
-        self.total = context.schedule
-        flat = new.float().flatten()
-        self.rows.append(
-            torch.stack([flat @ old.float().flatten() for old in self.residuals]).tolist()
-        )
-        if context.last:
-            self.residuals = []
-
-    def schedule(self, steps: list[int]) -> list[int]:
-        """Ones and zeros for the scheduler's whole schedule; steps that did not run here are 1."""
-        entries = [1] * self.total
-        for index, place in enumerate(self.places):
-            entries[place] = int(index in steps)
-        return entries
-
-    def matrix(self) -> Costs:
-        """The Gram matrix, (steps, steps)."""
-        lower = np.zeros((len(self.rows), len(self.rows)))
-        for step, row in enumerate(self.rows):
-            lower[step, : len(row)] = row
-        return np.tril(lower) + np.tril(lower, -1).T
