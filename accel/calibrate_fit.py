@@ -14,7 +14,7 @@ from accel import registry
 from accel.calibrate_profile import Profile
 from accel.calibrate_replay import Prediction, Replay, mean_prediction
 from accel.method import AccelError, Method
-from accel.optimal_steps import best_steps, forecast_costs
+from accel.optimal_steps import best_steps, forecast_costs, solver_strides
 from accel.recipe import Recipe
 
 KNOBS = {
@@ -26,6 +26,7 @@ KNOBS = {
     "blockcaching": ("threshold", 0.0, 4.0),
     "foresight": ("gamma", 0.0, 8.0),
     "dpcache": ("share", 1.0, 0.04),
+    "fitcache": ("share", 1.0, 0.04),
     "bac": ("share", 1.0, 0.04),
     "cfgcache": ("interval", 1, 40),
     "adaptiveguidance": ("threshold", 1.0, 0.5),
@@ -92,8 +93,8 @@ def _off(candidate: Candidate, share: float) -> float:
 def candidates(profile: Profile) -> list[Candidate]:
     """Schedules × forecasts × guidance policies, all predicted, cheapest first.
 
-    Schedules are the best steps for a line and for a held residual by the Gram matrix, and plain
-    cycles; forecasts are the registry's linear ones.
+    Schedules are the best steps for a line, for a held residual and for a fitted sum by the Gram
+    matrix, and plain cycles; forecasts are the registry's linear ones and fitted sums.
     """
     found = replays(profile)
     guided = all(each.record.guided for each in found)
@@ -136,7 +137,7 @@ def guidance_policies(profile: Profile) -> list[Method]:
 def schedules(profile: Profile) -> list[Method]:
     """DPCache with the best steps for each share, plain cycles, each with several forecasts.
 
-    Of the block chain, and of whole calls, which saves embeddings and head too.
+    Of the block chain, and of whole calls, which saves embeddings and head too. FitCache.
     """
     hold, newton = registry.approximator("holdresidual"), registry.approximator("newton")
     hicache, dpcache = registry.approximator("hicache"), registry.method("dpcache")
@@ -151,7 +152,16 @@ def schedules(profile: Profile) -> list[Method]:
             settings = {"share": count / len(costs), "schedule": schedule, "whole": site == "whole"}
             for reuse in (newton(1), hicache(2)) if line else (hold(),):
                 found.append(dpcache(reuse=reuse, **settings))
-    return [*found, *_cycles()]
+    return [*found, *_fitted(profile), *_cycles()]
+
+
+def _fitted(profile: Profile) -> list[Method]:
+    """FitCache for each share, its weights fitted to all recorded prompts together."""
+    fitcache, first = registry.method("fitcache"), profile.prompts[0]
+    each = [prompt.products() for prompt in profile.prompts]
+    products = [np.sum(branch, axis=0) for branch in zip(*each, strict=True)]
+    strides = solver_strides(first.log_snr, first.prediction)
+    return list({fitcache.fitted(share, products, strides): None for share in _SHARES})
 
 
 def _cycles() -> list[Method]:
@@ -169,7 +179,7 @@ def refine(profile: Profile, candidate: Candidate, rounds: int = 40, seed: int =
     """Move single computed steps of a DPCache schedule while that lowers the predicted error."""
     cache = candidate.methods[0]
     schedule = getattr(cache, "schedule", None)
-    if schedule is None:
+    if schedule is None or getattr(cache, "weights", None) is not None:  # fitted to its schedule
         return candidate
     found, random, best = replays(profile), np.random.default_rng(seed), candidate
     for _ in range(rounds):

@@ -32,7 +32,8 @@ class PromptProfile:
     """One recorded run: `values` maps "site/branch" to (steps, …) (see `Record`).
 
     `seconds`: totals of the run, of the denoiser's calls and of the chain in them, without what
-    recording took. `guidance` is the scale w of u + w·(c − u); `fingerprint` names the weights.
+    recording took. `guidance` is the scale w of u + w·(c − u); `fingerprint` names the weights,
+    `prediction` what the denoiser predicts (see `StepClock`).
     """
 
     fingerprint: str
@@ -45,6 +46,7 @@ class PromptProfile:
     blocks: int
     latents: int
     scheduler: str
+    prediction: str
     timesteps: tuple[float, ...]
     log_snr: tuple[float, ...]
     seconds: Mapping[str, float]
@@ -72,6 +74,19 @@ class PromptProfile:
         wide = values.double()
         found: NDArray[np.float64] = (wide @ wide.T).numpy()
         return found
+
+    def products(self) -> list[NDArray[np.float64]]:
+        """For each branch as the model is called: what `accel.optimal_steps.fitted_weights` takes.
+
+        Branches that ride in one call are summed: one forecast is for both.
+        """
+        found = []
+        for branch in ("cond", "uncond")[: 1 + self.guided]:
+            latent = self.values[f"latent/{branch}"].double()
+            residual = self.values[f"prediction/{branch}"].double() - latent
+            both = torch.cat((residual, latent))
+            found.append((both @ both.T).numpy())
+        return [np.sum(found, axis=0)] if self.batched else found
 
     def lagged_error(self, site: str, lag: int, branch: str = "cond") -> NDArray[np.float64]:
         """‖F(i) − F(i+lag)‖ / ‖F(i+lag)‖ for each step i, estimated, (steps − lag,)."""
@@ -261,9 +276,10 @@ def _record(
         blocks=sum(name.startswith("block.") and name.endswith("/cond") for name in values),
         latents=record.latents,
         scheduler=type(pipe.scheduler).__name__,
+        prediction=record.prediction,
         timesteps=tuple(record.timesteps[-steps:]),
         log_snr=tuple(record.log_snr[-steps:]),
-        seconds={**record.seconds, "run": total},
+        seconds={**record.seconds, "run": total - record.seconds["recording"]},
         values=values,
     )
 

@@ -72,6 +72,7 @@ class Record:
     calls: int = 0
     latents: int = 0
     """Latent values of one sample."""
+    prediction: str = ""
     batched: bool = False
     """Whether both guidance branches rode in one call."""
 
@@ -134,7 +135,7 @@ class _Watch:
         latent = arguments.get(self.denoiser.family.latent)
         if clock.step == 0 and self.step != 0:
             record.timesteps, record.log_snr = list(clock.timesteps), list(clock.log_snr)
-            record.latents = latent[0].numel()
+            record.latents, record.prediction = latent[0].numel(), clock.prediction
             record.batched = is_doubled(self.denoiser, arguments)
         if clock.step != self.step:
             assert clock.step is not None  # called during a run only
@@ -199,17 +200,24 @@ class _Watch:
 
     def _change(self, site: str, new: Tensor, compare: Callable[[Tensor, Tensor], Tensor]) -> None:
         """Compare with the same branch's value one step before."""
+        began = time.perf_counter()
         for branch, value in self._split(new):
             key = f"{site}/{branch}"
             if key in self.past:
                 self.record.put(site, branch, compare(value.float(), self.past[key]))
             self.past[key] = value.float()
+        self._took(began)
 
     def _put(self, site: str, value: Tensor) -> None:
         began = time.perf_counter()
         for branch, half in self._split(value):
             self.record.put(site, branch, self.sketch(half))
+        self._took(began)
+
+    def _took(self, began: float) -> None:
+        """Recording itself took the time since `began`."""
         self.own += time.perf_counter() - began
+        self.record.seconds["recording"] = self.own
 
     def _split(self, value: Tensor) -> list[tuple[str, Tensor]]:
         """The value of each branch in this call."""

@@ -48,7 +48,7 @@ class Replay:
     def __init__(self, record: PromptProfile, layers: bool = False) -> None:
         self.record = record
         self.module = _Recorded(record, layers)
-        self.clock = StepClock()
+        self.clock = StepClock(prediction=record.prediction)
         self.denoiser = Denoiser("replay", self.module, _FAMILY, self.clock)
         self.clock.listeners.append(self.denoiser.begin)
         self.latents = record.values["latent/cond"].unsqueeze(1)
