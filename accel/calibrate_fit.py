@@ -36,6 +36,8 @@ _LAYERED = {"smoothcache", "blockcaching", "foresight", "bac"}
 _GUIDANCE = ((3, 0.1), (5, 0.1), (10, 0.1), (5, 0.3), (10, 0.3), (20, 0.1))
 _INTERVALS = (2, 3, 4, 5, 6, 8, 10, 12)
 _SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06)
+_EARLY = (0.0, 1.0, 2.0)
+"""How much more errors at the beginning weigh; which is right differs from model to model."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,8 @@ def _fitted(profile: Profile) -> list[Method]:
     each = [prompt.products() for prompt in profile.prompts]
     products = [np.sum(branch, axis=0) for branch in zip(*each, strict=True)]
     strides = solver_strides(first.log_snr, first.prediction)
-    return list({fitcache.fitted(share, products, strides): None for share in _SHARES})
+    pairs = itertools.product(_SHARES, _EARLY)
+    return list({fitcache.fitted(*pair, products, strides): None for pair in pairs})
 
 
 def _cycles() -> list[Method]:

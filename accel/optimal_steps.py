@@ -88,13 +88,13 @@ def fitted_weights(
     return weights if older != newer else np.pad(weights, ((0, 0), (1, 0)))
 
 
-def drift_costs(products: Costs, strides: Sequence[float]) -> Costs:
+def drift_costs(products: Costs, strides: Costs) -> Costs:
     """Squared drift of the latent over a gap that is forecast with `fitted_weights`.
 
     Entry [i, j, n] (N, N, N + 1) is ‖Σ strideₛ·errorₛ‖² over the steps s between j and n: how far
     the solver ends up from where it would be, errors of one sign adding up. i = j only at step 0.
     """
-    count, stride = len(strides), np.asarray(strides, dtype=np.float64)
+    count = len(strides)
     costs = np.zeros((count, count, count + 1))
     for newer in range(count - 1):
         after = np.arange(newer + 1, count)
@@ -106,7 +106,7 @@ def drift_costs(products: Costs, strides: Sequence[float]) -> Costs:
             error[:, older] -= weights[:, 0]
             error[:, newer] -= weights[:, 1]
             error[rows, count + after] = -weights[:, 2]
-            drift = np.cumsum(error * stride[after, None], axis=0)
+            drift = np.cumsum(error * strides[after, None], axis=0)
             costs[older, newer, newer + 2 :] = ((drift @ products) * drift).sum(axis=1)
     return np.maximum(costs, 0.0)
 
