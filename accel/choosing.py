@@ -32,7 +32,7 @@ def choose(
     """Methods for a pipeline, and where they hold; everything is checked.
 
     With `speedup` or `quality` the choice is made from the front of `recipe`, or of the recipe
-    beside the model; without a front `DPCache` gets a share of computation that would give the
+    beside the model; without a front `FitCache` gets a share of computation that would give the
     speed-up, measures the model in its first run, and the quality is not known.
     """
     if methods and (recipe is not None or speedup is not None or quality is not None):
@@ -62,7 +62,7 @@ def _for_target(recipe: Recipe | None, speedup: float | None, quality: str | Non
         logger.info("measured to give %.2f× at %.1f dB", choice.speedup, choice.psnr)
         return choice.methods, recipe.valid_for
     aim = speedup if speedup is not None else _UNPROVEN_SPEED[quality or "balanced"]
-    method: Method = registry.method("dpcache")(share=max(round(1 / aim, 3), 0.05))
+    method: Method = registry.method("fitcache")(share=max(round(1 / aim, 3), 0.05))
     logger.warning(
         "no calibration is known for this model; using %s. Its first run is computed in full, and "
         "its quality is not proven: accel.calibrate(pipe, prompts) proves it",

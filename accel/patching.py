@@ -275,7 +275,7 @@ def patch(
     knowledge of the model.
 
     `speedup` (a number above 1) or `quality` ("lossless", "balanced" or "fast": 45, 30 or 25 dB of
-    median PSNR) choose among what calibration measured; without a calibration, `DPCache` measures
+    median PSNR) choose among what calibration measured; without a calibration, `FitCache` measures
     the model in the first run. `memory`: the most that caches may hold, in bytes or as "2GB"; what
     they need is known after a run's first step. Where it is too much, `HoldResidual()` stands in
     for forecasts that hold more; where that is too much too, `AccelError` gives the number.

@@ -90,9 +90,9 @@ SUBLAYER = {
 """Methods that skip layers inside blocks."""
 GENERAL = [name for name in METHODS if name not in UNET_ONLY]
 """Methods for every transformer."""
-FIXED_REUSE = {"ertacache", "fastercache", "toca"}
+FIXED_REUSE = {"ertacache", "fastercache", "fitcache", "toca"}
 """Methods whose forecast is the method itself."""
-SEVERAL = {"ertacache", "blockcaching", "foresight", "deltadit", "speca", *SUBLAYER}
+SEVERAL = {"ertacache", "fitcache", "blockcaching", "foresight", "deltadit", "speca", *SUBLAYER}
 ONE_SPAN = [name for name in GENERAL if name not in SEVERAL]
 """Methods that skip one span, the same at every step."""
 STATIC = {
@@ -101,6 +101,7 @@ STATIC = {
     "deltadit",
     "dpcache",
     "ertacache",
+    "fitcache",
     "magcache",
     "plaincycle",
     "spectrum",

@@ -113,6 +113,29 @@ def test_forecasts_beat_the_line_on_the_same_schedule() -> None:
     assert (fitted - baseline).norm() < (line - baseline).norm()
 
 
+def test_a_skipped_step_takes_its_weights_of_the_last_two_residuals_and_the_latent() -> None:
+    tiny, _ = built("flux")
+    scheduler, seen = tiny.pipe.scheduler, []
+    weights = tuple((0.1 * k, 0.9 - 0.2 * k, 0.05 * k) for k in range(1, 4))
+    settings = FitCache(schedule=(1, 1, 0, 0, 1, 1, 0, 1), weights=(weights,))
+
+    def watch(output, timestep, sample, **options):
+        seen.append((sample, output - sample))
+        return step(output, timestep, sample, **options)
+
+    with accel.patched(tiny.pipe, settings):
+        step, scheduler.step = scheduler.step, watch
+        try:
+            run(tiny)
+        finally:
+            scheduler.step = step
+    for (a, b, c), (older, newer, at) in zip(
+        weights, [(0, 1, 2), (0, 1, 3), (4, 5, 6)], strict=True
+    ):
+        wanted = a * seen[older][1] + b * seen[newer][1] + c * seen[at][0]
+        assert torch.allclose(seen[at][1], wanted, atol=1e-5)
+
+
 def test_a_run_of_another_length_takes_the_line() -> None:
     tiny, _ = built("wan21")
     with accel.patched(tiny.pipe, FitCache(share=0.5)) as handle:
