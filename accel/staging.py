@@ -10,7 +10,6 @@ the last step of a stage the method says how the live part crosses to the next o
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,13 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from accel import staged_scheduler
+from accel.crossing import Crossing
 from accel.family import Arguments
 from accel.hooks import override
 from accel.layout import Form, Layout
-from accel.method import AccelError, Handle, check, is_number
+from accel.method import AccelError, Handle
 from accel.model_calls import dressed
-from accel.noise_levels import NoiseLevels, Sigmas
-from accel.transitions import draw_noise, renoised, repeated, resize
+from accel.noise_levels import NoiseLevels
+from accel.stages import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +33,7 @@ if TYPE_CHECKING:
     from accel.denoiser import Denoiser
     from accel.geometry import Grid
 
-_HISTORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "this_order")
 _CONTROLS = ("controlnet", "additional_residual")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """`sigmas`: one level more than the stage has steps. `scale`: of rows and columns."""
-
-    sigmas: Sigmas
-    scale: float = 1.0
 
 
 class StagedSampler(Protocol):
@@ -54,113 +46,6 @@ class StagedSampler(Protocol):
     def cross(self, crossing: Crossing) -> tuple[Layout, Tensor]:
         """The next stage's layout and its noisy latent."""
         ...
-
-
-@dataclass(frozen=True)
-class Crossing:
-    """The end of a stage: everything from which the next one starts.
-
-    `clean` is the estimate of the data from the stage's last prediction, `noisy` the latent after
-    its last step; both live, in the family's form.
-    """
-
-    index: int
-    """The number of the stage that begins."""
-    levels: NoiseLevels
-    before: Stage
-    after: Stage
-    layout: Layout
-    form: Form
-    clean: Tensor
-    noisy: Tensor
-    initial: Tensor
-    """The run's first, full-size latent."""
-    run: StagedRun
-
-    def grid(self, scale: float) -> Grid:
-        """The grid of a stage at `scale`."""
-        return self.run.grid(scale)
-
-    def noise(self, places: int) -> Tensor:
-        """White noise for so many places, (batch, …), from the call's generators."""
-        shape = list(self.form.places(self.noisy).shape)
-        shape[self.form.axis] = places
-        return draw_noise(self.noisy, shape, self.run.generator)
-
-    def renoise(self, planes: Tensor) -> Tensor:
-        """T1: clean latent planes at the next stage's first level, with fresh noise."""
-        clean = self.form.tokens(planes)
-        noise = self.noise(self.form.places(clean).shape[self.form.axis])
-        weights = self.levels.weights(self.after.sigmas[0])
-        places = renoised(self.form.places(clean), noise.to(clean.dtype), weights)
-        return self.form.shaped(places, _grid_of(planes, self.form))
-
-    def resized(self, positions: str) -> tuple[Layout, Tensor]:
-        """T1 with the clean estimate resized to the next stage's size."""
-        assert self.layout.grid is not None  # stages of one size are grids
-        grid = self.grid(self.after.scale)
-        planes = self.form.planes(self.clean, self.layout.grid)
-        patch = self.form.patch
-        planes = resize(planes, grid[1] * patch, grid[2] * patch)
-        return Layout.resized(self.layout.full, grid, positions), self.renoise(planes)
-
-    def repeat(self, layout: Layout) -> Tensor:
-        """T2: the noisy latent's elements repeated over the places of `layout`, whitened."""
-        places = self.form.places(self.noisy)
-        noise = self.noise(len(layout.pick))
-        old = self.levels.weights(self.before.sigmas[-1])
-        new = self.levels.weights(self.after.sigmas[0])
-        parents = layout.parents(self.layout).to(places.device)
-        return self.form.shaped(
-            repeated(places, noise, parents, self.form.axis, old, new), layout.grid
-        )
-
-    def decoded(self, planes: Tensor) -> Tensor:
-        """Pixels in [−1, 1] of clean latent planes: (batch, 3, [frames,] height, width)."""
-        vae = self._vae()
-        mean, std = _statistics(vae, planes)
-        latents = planes * std + mean
-        self.run.deciding = True
-        try:
-            return vae.decode(latents[:, :, 0] if _is_flat(vae) else latents)[0]  # type: ignore[no-any-return]
-        finally:
-            self.run.deciding = False
-
-    def encoded(self, pixels: Tensor) -> Tensor:
-        """Clean latent planes of pixels in [−1, 1]; the inverse of `decoded`."""
-        vae = self._vae()
-        latents = vae.encode(pixels).latent_dist.mode()
-        latents = latents[:, :, None] if latents.dim() == 4 else latents
-        mean, std = _statistics(vae, latents)
-        return (latents - mean) / std  # type: ignore[no-any-return]
-
-    def _vae(self) -> Any:
-        vae = getattr(self.run.pipe, "vae", None)
-        if vae is None:
-            raise AccelError(f"{self.run.name} looks at the decoded estimate: it needs pipe.vae")
-        return vae
-
-
-def _statistics(vae: Any, like: Tensor) -> tuple[Any, Any]:
-    """(mean, std) that turn the denoiser's latents into the VAE's."""
-    config = vae.config
-    if getattr(config, "latents_mean", None) is not None:
-        mean, std = (
-            torch.tensor(values).to(like)[:, None, None, None]
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return mean, std
-    return getattr(config, "shift_factor", None) or 0.0, 1 / config.scaling_factor
-
-
-def _is_flat(vae: Any) -> bool:
-    """Whether a VAE makes pictures, not videos."""
-    first = vae.decoder.conv_in
-    return isinstance(first, torch.nn.Conv2d)
-
-
-def _grid_of(planes: Tensor, form: Form) -> Grid:
-    return (planes.shape[2], planes.shape[3] // form.patch, planes.shape[4] // form.patch)
 
 
 def stage(denoiser: Denoiser, method: StagedSampler, positions: str = "native") -> Handle:
@@ -239,15 +124,8 @@ class StagedRun:
         self.levels, self.stages, self.step = levels, stages, 0
         self.layout = None
         if len(stages) > 1:
-            starts = [sigma for each in stages for sigma in each.sigmas[:-1]]
-            scheduler.timesteps = _timesteps(scheduler, levels, starts)
-            if hasattr(scheduler, "sigmas"):
-                scheduler.sigmas = _like(scheduler.sigmas, [*starts, stages[-1].sigmas[-1]])
-        self._history = {
-            name: copy.copy(getattr(scheduler, name))
-            for name in _HISTORY
-            if hasattr(scheduler, name)
-        }
+            staged_scheduler.install(scheduler, levels, stages)
+        self._history = staged_scheduler.history(scheduler)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -333,7 +211,7 @@ class StagedRun:
         number, inside = self.place
         live_output, live = form.take(output, layout), form.take(sample, layout)
         now = self.stages[number]
-        with _local(scheduler, self.levels, now, inside, self.step):
+        with staged_scheduler.local(scheduler, self.levels, now, inside, self.step):
             result = original(model_output=live_output, sample=live, **given)
         noisy = result[0]
         if inside == len(now.sigmas) - 2 and number + 1 < len(self.stages):
@@ -358,64 +236,9 @@ class StagedRun:
 
     def _forget(self, scheduler: Any) -> None:
         """A stage begins: solver histories and everything that is cached are of another size."""
-        for name, value in self._history.items():
-            setattr(scheduler, name, copy.copy(value))
+        staged_scheduler.recall(scheduler, self._history)
         for denoiser in self.denoisers:
             denoiser.forget()
-
-
-def _timesteps(scheduler: Any, levels: NoiseLevels, sigmas: list[float]) -> Tensor:
-    values = [levels.timestep(sigma) for sigma in sigmas]
-    whole = not scheduler.timesteps.is_floating_point()
-    return _like(scheduler.timesteps, [round(value) for value in values] if whole else values)
-
-
-def _like(old: Tensor, values: list[Any]) -> Tensor:
-    return torch.tensor(values, dtype=old.dtype, device=old.device)
-
-
-class _Gap(int):
-    """Divides any number of training timesteps to itself: a DDIM step of this length."""
-
-    def __rfloordiv__(self, _: int) -> int:
-        return int(self)
-
-
-@contextlib.contextmanager
-def _local(
-    scheduler: Any, levels: NoiseLevels, stage: Stage, inside: int, step: int
-) -> Iterator[None]:
-    """During a step the scheduler knows the stage's own levels only, afterwards all again."""
-    before = scheduler.timesteps
-    scheduler.timesteps = _timesteps(scheduler, levels, list(stage.sigmas[:-1]))
-    try:
-        if not hasattr(scheduler, "sigmas"):
-            with _leap(scheduler, levels, stage, inside):
-                yield
-            return
-        sigmas, scheduler.sigmas = scheduler.sigmas, _like(scheduler.sigmas, [*stage.sigmas])
-        scheduler._step_index = inside
-        try:
-            yield
-        finally:
-            scheduler.sigmas, scheduler._step_index = sigmas, step + 1
-    finally:
-        scheduler.timesteps = before
-
-
-@contextlib.contextmanager
-def _leap(scheduler: Any, levels: NoiseLevels, stage: Stage, inside: int) -> Iterator[None]:
-    """DDIM finds the timestep after this one from the number of steps: say how far to go."""
-    now, then = (_whole(levels, sigma) for sigma in stage.sigmas[inside : inside + 2])
-    count, scheduler.num_inference_steps = scheduler.num_inference_steps, _Gap(now - then)
-    try:
-        yield
-    finally:
-        scheduler.num_inference_steps = count
-
-
-def _whole(levels: NoiseLevels, sigma: float) -> int:
-    return round(levels.timestep(sigma)) if sigma > 0 else -1
 
 
 def _replaced(
@@ -442,59 +265,3 @@ def _patches(denoiser: Denoiser, form: Form) -> tuple[int, int]:
         return (halvings, halvings)
     patch = getattr(module.config, "patch_size", None) or 1
     return (patch, patch) if isinstance(patch, int) else (patch[-2], patch[-1])
-
-
-def check_plan(owner: Any, scales: tuple[float, ...], shares: tuple[float, ...]) -> None:
-    """Raise `AccelError` unless these are stages: as many shares as scales, ending at full size."""
-    check(
-        len(scales) >= 1 and all(is_number(each) and 0 < each <= 1 for each in scales),
-        owner,
-        "scales" if hasattr(owner, "scales") else "scale",
-        "numbers above 0, at most 1",
-    )
-    check(
-        len(shares) == len(scales)
-        and all(is_number(each) and each > 0 for each in shares)
-        and abs(sum(shares) - 1) < 1e-6,
-        owner,
-        "shares",
-        f"{len(scales)} positive numbers that add up to 1",
-    )
-    check(scales[-1] == 1, owner, "scales", "1 at the end")
-    if getattr(owner, "positions", "native") not in ("native", "spread"):
-        check(False, owner, "positions", '"native" or "spread"')
-
-
-def plan(
-    levels: NoiseLevels,
-    scales: tuple[float, ...],
-    shares: tuple[float, ...],
-    factors: list[float],
-    gain: float = 1.0,
-) -> list[Stage]:
-    """Stages that end where their steps would end in the untouched run.
-
-    `factors[k]` multiplies the noise-to-signal ratio between the end of stage k and the start of
-    the next, where the size changes; neighbours of one size are one stage.
-    """
-    found: list[Stage] = []
-    ends = [round(levels.steps * sum(shares[: number + 1])) for number in range(len(shares))]
-    begin, start = 0, levels.sigmas[0]
-    for number, (scale, end) in enumerate(zip(scales, ends, strict=True)):
-        last = number + 1 == len(scales)
-        if not last and scales[number + 1] == scale:
-            continue
-        if end <= begin:
-            raise AccelError(
-                f"a run of {levels.steps} steps is too short for stages of the shares {shares}: "
-                f"stage {number + 1} would have none"
-            )
-        shift = scale * gain ** len(found)
-        stop = levels.sigmas[end]
-        if stop >= start:
-            raise AccelError(f"stage {number + 1} would end noisier than it starts; add noise")
-        found.append(Stage(levels.spaced(start, stop, end - begin, shift), scale))
-        if not last:
-            begin = end
-            start = levels.noisier(stop, factors[number], f"the start of stage {number + 2}")
-    return found

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from accel.crossing import Crossing
 from accel.denoiser import Denoiser
 from accel.method import Handle, check, is_number
 from accel.noise_levels import NoiseLevels
-from accel.staging import Crossing, Stage, check_plan, plan, stage
+from accel.stages import Stage, check_plan, plan
+from accel.staging import stage
 
 if TYPE_CHECKING:
     from torch import Tensor

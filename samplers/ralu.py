@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional
 
+from accel.crossing import Crossing
 from accel.denoiser import Denoiser
 from accel.layout import Layout
 from accel.method import AccelError, Handle, check, is_number
 from accel.noise_levels import NoiseLevels, Sigmas
-from accel.staging import Crossing, Stage, stage
+from accel.stages import Stage
+from accel.staging import stage
 
 if TYPE_CHECKING:
     from torch import Tensor

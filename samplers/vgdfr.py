@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.nn import functional
 
+from accel.crossing import Crossing
 from accel.denoiser import Denoiser
 from accel.layout import Layout
 from accel.method import AccelError, Handle, check, is_count, is_number
 from accel.noise_levels import NoiseLevels
-from accel.staging import Crossing, Stage, StagedRun, stage
+from accel.stages import Stage
+from accel.staging import StagedRun, stage
 from accel.transitions import renoised
 
 if TYPE_CHECKING:
