@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class Candidate:
     methods: tuple[Method, ...]
     prediction: Prediction
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The methods as JSON: the same in another process."""
         return json.dumps([entry.model_dump() for entry in Recipe.of(self.methods).entries])

@@ -17,7 +17,7 @@ from typing import Any
 import accel
 from accel.calibrate_fit import Candidate, candidates, predicted, refine
 from accel.calibrate_profile import Profile
-from accel.calibrate_trials import Deadline, Trials, label, median
+from accel.calibrate_trials import Deadline, Trial, Trials, label, median
 from accel.choosing import QUALITIES
 from accel.method import AccelError, is_number
 from accel.recipe import Choice, Recipe, Validity
@@ -159,7 +159,7 @@ class _Search:
     def run(self, shard: tuple[int, int] | None) -> Calibration:
         spread = self._spread(FIRST // 2)
         if len(self.trials.prompts) == 1:
-            spread = [max(self.all, key=self._rank)]
+            spread = [self._most_promising(self.all)]
         if shard is not None:
             spread = spread[shard[0] :: shard[1]]
         for candidate in spread:
@@ -206,7 +206,7 @@ class _Search:
             left = [each for each in self.all if not self.trials.of(each)]
             if self.deadline.over or not left:
                 return
-            promising = max(left, key=self._rank)
+            promising = self._most_promising(left)
             refined = refine(self.profile, promising)
             choice = promising if self.trials.of(refined) else refined
             self.all.append(choice)
@@ -231,41 +231,36 @@ class _Search:
                 keys.setdefault(each.key, each)
         return list(keys.values())
 
-    def _offset(self, candidate: Candidate) -> float:
-        """dB at a predicted error of 1, from the runs that are most like the candidate.
-
-        Those with the same kinds of methods come first, then those of nearest predicted error.
-        """
-        here, kinds = _decibels(candidate), _kinds(candidate)
-        runs = sorted(
-            (
-                (_kinds(each) != kinds, abs(_decibels(each) - here), trial.psnr + _decibels(each))
-                for each in self._tried()
-                for trial in self.trials.of(each)
-                if trial.prompt == 0
-            ),
-        )[:_NEAREST]
-        return statistics.median(offset for *_, offset in runs) if runs else _UNKNOWN_OFFSET
-
-    def _slowness(self) -> float:
-        """Measured over predicted speed-up, the median of all runs."""
-        ratios = [
-            trial.speedup / each.prediction.speedup
+    def _first_runs(self) -> list[tuple[Candidate, Trial]]:
+        """Every run of the first prompt."""
+        return [
+            (each, trial)
             for each in self._tried()
             for trial in self.trials.of(each)
             if trial.prompt == 0
         ]
+
+    def _slowness(self, runs: Sequence[tuple[Candidate, Trial]]) -> float:
+        """Measured over predicted speed-up, the median of some runs."""
+        ratios = [trial.speedup / each.prediction.speedup for each, trial in runs]
         return statistics.median(ratios) if ratios else 1.0
 
-    def _rank(self, candidate: Candidate) -> tuple[bool, float]:
-        decibels = self._offset(candidate) - _decibels(candidate)
-        return self.target.score(candidate.prediction.speedup * self._slowness(), decibels)
+    def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
+        """By the predictions, corrected by what was run so far."""
+        runs = self._first_runs()
+        slowness = self._slowness(runs)
+
+        def rank(candidate: Candidate) -> tuple[bool, float]:
+            decibels = _offset(candidate, runs) - _decibels(candidate)
+            return self.target.score(candidate.prediction.speedup * slowness, decibels)
+
+        return max(several, key=rank)
 
     def _measured_rank(self, candidate: Candidate, prompts: list[int]) -> tuple[bool, float]:
         trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
         speed = median(trials, "speedup")
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
-            speed = candidate.prediction.speedup * self._slowness()
+            speed = candidate.prediction.speedup * self._slowness(self._first_runs())
         return self.target.score(speed, self.target.decibels([each.psnr for each in trials]))
 
     # --- the result ----------------------------------------------------------------------------
@@ -343,6 +338,19 @@ _NEAREST = 3
 """Runs that a prediction is corrected by."""
 _UNKNOWN_OFFSET = 30.0
 """dB at a predicted error of 1 before any run; between 25 and 36 on the zoo."""
+
+
+def _offset(candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]) -> float:
+    """dB at a predicted error of 1, from the runs that are most like the candidate.
+
+    Those with the same kinds of methods come first, then those of nearest predicted error.
+    """
+    here, kinds = _decibels(candidate), _kinds(candidate)
+    nearest = sorted(
+        (_kinds(each) != kinds, abs(_decibels(each) - here), trial.psnr + _decibels(each))
+        for each, trial in runs
+    )[:_NEAREST]
+    return statistics.median(offset for *_, offset in nearest) if nearest else _UNKNOWN_OFFSET
 
 
 def _kinds(candidate: Candidate) -> list[str]:
