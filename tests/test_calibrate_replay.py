@@ -1,12 +1,16 @@
 """Replays: real methods on recorded sketches decide and cost as on the model."""
 
+import math
+
 import pytest
+import torch
 from test_calibrate_profile import profiled
 from tiny_pipelines import built, run
 
 import accel
 from accel.calibrate_fit import candidates, fit, refine
 from accel.calibrate_replay import Replay
+from accel.optimal_steps import solver_strides
 
 CFG = accel.CfgCache(interval=3, start=0.1, low_gain=1.0, high_gain=1.0)
 
@@ -23,15 +27,18 @@ def test_what_skips_nothing_has_no_error(wan) -> None:
     assert found.speedup == pytest.approx(1, rel=1e-6)
 
 
-def test_the_error_is_that_of_held_residuals(wan) -> None:
+def test_the_error_is_the_drift_that_held_residuals_make(wan) -> None:
     record = wan[1].prompts[0]
     replay = Replay(record)
-    stack, scale = record.values, record.guidance
-    wrong = sum(
-        (weight * (stack[f"stack/{branch}"][0::2] - stack[f"stack/{branch}"][1::2])).sum(0)
-        for branch, weight in (("cond", scale), ("uncond", 1 - scale))
-    )
-    expected = replay.module.gain * wrong.norm().item() / replay.scale
+    strides = solver_strides(record.log_snr, record.prediction)
+    drift, largest = torch.zeros(replay.guided.shape[1]), 0.0
+    for step in range(1, record.steps, 2):  # the others are computed
+        weight = strides[step] * math.exp(-2 * step / record.steps)
+        for branch, scale in (("cond", record.guidance), ("uncond", 1 - record.guidance)):
+            stack = record.values[f"stack/{branch}"]
+            drift += weight * scale * (stack[step - 1] - stack[step])
+        largest = max(largest, float(drift.norm()))
+    expected = replay.module.gain * largest / replay.scale
     assert replay.predict(accel.PlainCycle(interval=2)).error == pytest.approx(expected, rel=1e-3)
 
 
