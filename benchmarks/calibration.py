@@ -24,21 +24,15 @@ from accel.calibrate_profile import write_json
 from accel.calibrate_trials import psnr
 from accel.recipe import Recipe
 
-SINGLES: dict[str, list[Any]] = {
-    "dit": [
-        accel.SeaCache(threshold=0.4),
-        accel.DPCache(share=0.2),
-        accel.DPCache(share=0.12),
-        accel.PlainCycle(interval=8, warmup=3, reuse=accel.Newton(1)),
-    ],
-    "unet": [
-        accel.TaylorSeer(interval=7, lite=True),
-        accel.DPCache(share=0.2),
-        accel.DPCache(share=0.12),
-        accel.PlainCycle(interval=8, warmup=3, reuse=accel.Newton(1)),
-    ],
-}
-"""The best single methods of the committed benchmarks at 30 and 25 dB."""
+SINGLES: list[Any] = [
+    accel.SeaCache(threshold=0.4),
+    accel.TaylorSeer(interval=7, lite=True),
+    accel.PlainCycle(interval=8, warmup=3, reuse=accel.Newton(1)),
+    *(accel.DPCache(share=share) for share in (0.2, 0.12)),
+    *(accel.DPCache(share=share, whole=True) for share in (0.2, 0.15, 0.12, 0.1)),
+    *(accel.FitCache(share=share) for share in (0.2, 0.16, 0.12, 0.1)),
+]
+"""The best single methods of the committed benchmarks at 30 and 25 dB, and our own FitCache."""
 
 
 def candidates(pipe: Any, call: dict[str, Any], name: str, recipe: Recipe) -> dict[str, Any]:
@@ -48,7 +42,7 @@ def candidates(pipe: Any, call: dict[str, Any], name: str, recipe: Recipe) -> di
     for number, choice in enumerate(recipe.front):
         names = " + ".join(type(method).__name__ for method in choice.methods)
         found[f"calibrated {number}: {names}"] = choice.methods
-    for single in SINGLES["unet" if getattr(pipe, "unet", None) is not None else "dit"]:
+    for single in SINGLES:
         measure = call | {"prompt": train}
         settled, _ = generate.settle(pipe, (single,), lambda m=measure: generate.make(pipe, m, 0))
         found[f"single: {single}"] = settled
