@@ -240,19 +240,13 @@ class _Search:
             if trial.prompt == 0
         ]
 
-    def _slowness(self, runs: Sequence[tuple[Candidate, Trial]]) -> float:
-        """Measured over predicted speed-up, the median of some runs."""
-        ratios = [trial.speedup / each.prediction.speedup for each, trial in runs]
-        return statistics.median(ratios) if ratios else 1.0
-
     def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
         """By the predictions, corrected by what was run so far."""
         runs = self._first_runs()
-        slowness = self._slowness(runs)
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
             decibels = _offset(candidate, runs) - _decibels(candidate)
-            return self.target.score(candidate.prediction.speedup * slowness, decibels)
+            return self.target.score(_speedup(candidate, runs), decibels)
 
         return max(several, key=rank)
 
@@ -260,7 +254,7 @@ class _Search:
         trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
         speed = median(trials, "speedup")
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
-            speed = candidate.prediction.speedup * self._slowness(self._first_runs())
+            speed = _speedup(candidate, self._first_runs())
         return self.target.score(speed, self.target.decibels([each.psnr for each in trials]))
 
     # --- the result ----------------------------------------------------------------------------
@@ -341,20 +335,34 @@ _UNKNOWN_OFFSET = 0.0
 
 
 def _offset(candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]) -> float:
-    """dB at a predicted error of 1, from the runs that are most like the candidate.
+    """dB at a predicted error of 1, from the runs that are most like the candidate."""
+    near = _nearest(candidate, runs)
+    offsets = [trial.psnr + _decibels(each) for each, trial in near]
+    return statistics.median(offsets) if offsets else _UNKNOWN_OFFSET
 
-    Those with the same kinds of methods come first, then those of nearest predicted error.
-    """
+
+def _speedup(candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]) -> float:
+    """The predicted speed-up, corrected by the runs that are most like the candidate."""
+    near = _nearest(candidate, runs)
+    ratios = [trial.speedup / each.prediction.speedup for each, trial in near]
+    return candidate.prediction.speedup * (statistics.median(ratios) if ratios else 1.0)
+
+
+def _nearest(
+    candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]
+) -> list[tuple[Candidate, Trial]]:
+    """Runs with the same kinds of methods first, then those of nearest predicted error."""
     here, kinds = _decibels(candidate), _kinds(candidate)
-    nearest = sorted(
-        (_kinds(each) != kinds, abs(_decibels(each) - here), trial.psnr + _decibels(each))
-        for each, trial in runs
-    )[:_NEAREST]
-    return statistics.median(offset for *_, offset in nearest) if nearest else _UNKNOWN_OFFSET
+
+    def distance(run: tuple[Candidate, Trial]) -> tuple[bool, float]:
+        return _kinds(run[0]) != kinds, abs(_decibels(run[0]) - here)
+
+    return sorted(runs, key=distance)[:_NEAREST]
 
 
-def _kinds(candidate: Candidate) -> list[str]:
-    return [type(method).__name__ for method in candidate.methods]
+def _kinds(candidate: Candidate) -> list[Any]:
+    """What errs in the same way: methods by name, and what a schedule was made for."""
+    return [(type(each).__name__, getattr(each, "early", None)) for each in candidate.methods]
 
 
 def _decibels(candidate: Candidate) -> float:

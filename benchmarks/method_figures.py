@@ -46,6 +46,33 @@ def table(measured: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def staged(name: str) -> str:
+    """The rows of `benchmarks.staged` of a sampler, with the untouched ones; or nothing."""
+    lines = []
+    content = json.loads((HERE / "results" / "zoo-staged.json").read_text(encoding="utf-8"))
+    for model, run in content["runs"].items():
+        mine = [row for row in run["rows"] if name in row["row"] or not row["methods"]]
+        if not any(row["methods"] for row in mine):
+            continue
+        lines += [
+            f"Scores on {model}, prompts: {run['prompts']} (`{run['command']}`; log p is the mean",
+            "log-probability of the right name over the untouched run's, with its 95 % interval):",
+            "",
+            "| row | steps | speed-up | caption | colour | motion | log p | KID | feature distance "
+            "|\n|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in mine:
+            gain, motion = row["logp_over_untouched"], row.get("motion")
+            lines.append(
+                f"| {row['row']} | {row['steps']} | {row['speed_up']:.2f}× | "
+                f"{row['caption_top1']:.0%} | {row['colour']:.0%} | "
+                f"{'–' if motion is None else f'{motion:.0%}'} | {gain['mean']:+.1f} "
+                f"({gain['low']:+.1f} to {gain['high']:+.1f}) | {row['kid']:.3f} | "
+                f"{row['feature_distance']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Replace what lies between the markers of each page, or add it at the end."""
     measured = rows()
@@ -55,8 +82,10 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         before, _, rest = text.partition(BEGIN)
         after = rest.partition(END)[2] if rest else "\n"
-        if name in measured:
-            block = f"{BEGIN}\n{table(measured[name])}\n{END}"
+        tables = [table(measured[name])] if name in measured else []
+        tables += [found for found in (staged(name),) if found]
+        if tables:
+            block = "\n".join((BEGIN, "\n\n".join(tables), END))
             page.write_text(f"{before.rstrip()}\n\n{block}{after}", encoding="utf-8")
 
 

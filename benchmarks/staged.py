@@ -178,7 +178,7 @@ def main() -> None:
     rows = judged(given.model, captions, measured(given.model, captions))
     old = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
     old["runs"][given.model] = {
-        "command": " ".join(["python", "benchmarks/staged.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
         "prompts": f"{given.part}, the first {len(captions)}",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "machine": f"{platform.machine()} CPU, one thread, other jobs beside",

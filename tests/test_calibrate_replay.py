@@ -33,7 +33,7 @@ def test_the_error_is_the_drift_that_held_residuals_make(wan) -> None:
     strides = solver_strides(record.log_snr, record.prediction)
     drift, largest = torch.zeros(replay.guided.shape[1]), 0.0
     for step in range(1, record.steps, 2):  # the others are computed
-        weight = strides[step] * math.exp(-2 * step / record.steps)
+        weight = strides[step] * math.exp(-step / record.steps)
         for branch, scale in (("cond", record.guidance), ("uncond", 1 - record.guidance)):
             stack = record.values[f"stack/{branch}"]
             drift += weight * scale * (stack[step - 1] - stack[step])
