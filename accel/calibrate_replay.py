@@ -46,6 +46,8 @@ class Prediction:
     seconds: float
     speedup: float
     settled: tuple[Method, ...] = ()
+    errors: tuple[float, ...] = ()
+    """Of each prompt, where `error` is of several."""
 
 
 class Replay:
@@ -271,4 +273,5 @@ def mean_prediction(replays: Sequence[Replay], *methods: Method) -> Prediction:
         seconds=sum(one.seconds for one in each) / len(each),
         speedup=sum(one.speedup for one in each) / len(each),
         settled=first.settled,
+        errors=tuple(one.error for one in each),
     )

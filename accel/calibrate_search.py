@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import accel
 from accel.calibrate_fit import Candidate, candidates, predicted, refine
 from accel.calibrate_profile import Profile
@@ -25,7 +27,7 @@ from accel.recipe import Choice, Recipe, Validity
 logger = logging.getLogger(__name__)
 
 FIRST, SECOND, LAST = 12, 4, 3
-"""Candidates of the three rungs: on the first prompt, on two more, on the validation prompts."""
+"""Candidates of the three rungs: on the most typical prompt, on two more, on the validation prompts."""
 VALIDATION = 4
 _SPREAD = 1.3
 """Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
@@ -152,6 +154,8 @@ class _Search:
         self.profile: Profile = trials.record(len(self.tuning))
         self.profile.check(trials.pipe)
         self.all = candidates(self.profile)
+        self.tuning.sort(key=self._oddness)
+        self.first = self.tuning[0]
         trials.say(f"{len(self.all)} candidates predicted from {len(self.tuning)} recorded runs")
         known = {each.key for each in self.all}
         self.all += [predicted(self.profile, key) for key in trials.found if key not in known]
@@ -164,15 +168,23 @@ class _Search:
             spread = spread[shard[0] :: shard[1]]
         for candidate in spread:
             if not self._enough():
-                self.trials.run(candidate, 0)
+                self.trials.run(candidate, self.first)
         if shard is not None:
             return self._result(self._tried())
         self._guided_runs(2 if len(self.trials.prompts) == 1 else FIRST)
         return self._checked(self._result(self._finals()))
 
+    def _oddness(self, prompt: int) -> float:
+        """How far a recorded prompt's predicted errors are from the median prompt's."""
+        errors = np.log(
+            [[max(error, 1e-9) for error in each.prediction.errors] for each in self.all]
+        )
+        difficulty = errors.mean(axis=0)
+        return abs(float(difficulty[prompt] - np.median(difficulty)))
+
     def _finals(self) -> list[Candidate]:
         """Fewer candidates on more prompts; the last on the prompts that took no part."""
-        best = self._best(self._tried(), [0], SECOND)
+        best = self._best(self._tried(), [self.first], SECOND)
         for prompt in self.tuning[1:]:
             for candidate in best:
                 if not self.deadline.over:
@@ -210,7 +222,7 @@ class _Search:
             refined = refine(self.profile, promising)
             choice = promising if self.trials.of(refined) else refined
             self.all.append(choice)
-            self.trials.run(choice, 0)
+            self.trials.run(choice, self.first)
 
     def _spread(self, count: int) -> list[Candidate]:
         """The predicted front, thinned evenly in predicted error."""
@@ -232,12 +244,12 @@ class _Search:
         return list(keys.values())
 
     def _first_runs(self) -> list[tuple[Candidate, Trial]]:
-        """Every run of the first prompt."""
+        """Every run of the most typical prompt."""
         return [
             (each, trial)
             for each in self._tried()
             for trial in self.trials.of(each)
-            if trial.prompt == 0
+            if trial.prompt == self.first
         ]
 
     def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
