@@ -27,7 +27,7 @@ from accel.recipe import Choice, Recipe, Validity
 logger = logging.getLogger(__name__)
 
 FIRST, SECOND, LAST = 12, 4, 3
-"""Candidates of the three rungs: on the most typical prompt, on two more, on the validation prompts."""
+"""Candidates of the rungs: on the most typical prompt, on two more, on the validation prompts."""
 VALIDATION = 4
 _SPREAD = 1.3
 """Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
