@@ -51,8 +51,12 @@ def block_sparse_forward(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Grid (query blocks, batch · heads); only a list's last block can be the short one."""
+    """Grid (query blocks, batch · heads); only a list's last block can be the short one.
+
+    A block of keys is attended to in parts of BLOCK_N, so that the scores fit in registers.
+    """
     block_row = tl.program_id(0)
     batch = tl.cast(tl.program_id(1) // heads, tl.int64)
     head = tl.cast(tl.program_id(1) % heads, tl.int64)
@@ -71,17 +75,18 @@ def block_sparse_forward(
     total = tl.zeros((BLOCK,), tl.float32)
     highest = tl.full((BLOCK,), LOWEST, tl.float32)
     factors = tl.zeros((BLOCK,), tl.float32) + factor
-    for entry in range(0, count - 1):
-        start = tl.load(listed + entry) * BLOCK
+    parts: tl.constexpr = BLOCK // BLOCK_N
+    for part in range(0, (count - 1) * parts):
+        start = tl.load(listed + part // parts) * BLOCK + part % parts * BLOCK_N
         summed, total, highest = attend_block(
             *(block, key, key_token, value, value_token, query, summed, total, highest, factors),
-            *(start, rows, keys, HEAD_DIM, BLOCK_D, BLOCK, False, False, False),
+            *(start, rows, keys, HEAD_DIM, BLOCK_D, BLOCK_N, False, False, False),
         )
-    for entry in range(tl.maximum(count - 1, 0), count):
-        start = tl.load(listed + entry) * BLOCK
+    for part in range(tl.maximum(count - 1, 0) * parts, count * parts):
+        start = tl.load(listed + part // parts) * BLOCK + part % parts * BLOCK_N
         summed, total, highest = attend_block(
             *(block, key, key_token, value, value_token, query, summed, total, highest, factors),
-            *(start, rows, keys, HEAD_DIM, BLOCK_D, BLOCK, False, True, False),
+            *(start, rows, keys, HEAD_DIM, BLOCK_D, BLOCK_N, False, True, False),
         )
     store_rows(
         *(output + batch * output_batch + head * output_head, output_token, first, queries),
@@ -103,7 +108,7 @@ def block_sparse_triton(
     batch, heads, queries, dim = query.shape
     counts, listed = block_lists(block_mask)
     output = output_like(query)
-    warps, stages = launch_shape(
+    keys_at_once, warps, stages = launch_shape(
         block_size, padded_dim(dim), query.dtype.itemsize, capability_of(query)
     )
     block_sparse_forward[(counts.shape[2], batch * heads)](
@@ -115,14 +120,17 @@ def block_sparse_triton(
         HEAD_DIM=dim,
         BLOCK_D=padded_dim(dim),
         BLOCK=block_size,
+        BLOCK_N=keys_at_once,
         num_warps=warps,
         num_stages=stages,
     )
     return output
 
 
-def launch_shape(block_size: int, dim: int, itemsize: int, capability: int) -> tuple[int, int]:
-    """Warps and pipeline stages: as many stages as shared memory holds."""
-    tiles = dim * itemsize * block_size // 1024  # KB of one block of Q, K or V
+def launch_shape(block_size: int, dim: int, itemsize: int, capability: int) -> tuple[int, int, int]:
+    """Keys at once, warps, and as many pipeline stages as shared memory holds."""
+    row = dim * itemsize / 1024  # KB of one token of Q, K or V
     room = {80: 160, 90: 224}.get(capability, 96)
-    return (8 if block_size == 128 else 4), max(1, min(3, (room - tiles) // (2 * tiles)))
+    keys = 32 if block_size == 128 and dim >= 128 and room == 96 else min(block_size, 64)
+    stages = int((room - row * block_size) // (2 * row * keys))
+    return keys, (8 if block_size == 128 or dim >= 128 else 4), max(1, min(3, stages))

@@ -179,13 +179,13 @@ def sparse_cases(arch: int) -> Iterator[Case]:
     """Block-sparse attention in half precision."""
     types = {**dict.fromkeys(("query", "key", "value", "output"), "*bf16"), "counts": "*i32"}
     for block, dim in ((64, 64), (64, 128), (128, 64), (128, 128)):
-        warps, stages = launch_shape(block, dim, 2, arch)
+        keys, warps, stages = launch_shape(block, dim, 2, arch)
         yield Case(
             f"block-sparse {block} D{dim}",
             arch,
             block_sparse_forward,
             {**types, "listed": "*i32", "factor": "fp32"},
-            {"HEAD_DIM": dim, "BLOCK_D": dim, "BLOCK": block},
+            {"HEAD_DIM": dim, "BLOCK_D": dim, "BLOCK": block, "BLOCK_N": keys},
             warps,
             stages,
             "HMMA",
