@@ -24,6 +24,7 @@ SHAPES = {
     "gqa": {"queries": 40, "keys": 70, "heads": 4, "key_heads": 2},
     "dim 72": {"queries": 33, "keys": 50, "dim": 72},
     "dim 128": {"queries": 33, "keys": 50, "dim": 128},
+    "long": {"queries": 140, "keys": 200},
 }
 NOT_SMOOTHED = Smoothing(query=False, key=False, value=False)
 
@@ -144,8 +145,10 @@ def test_masks_and_layouts(kernel) -> None:
 
 
 @pytest.mark.parametrize("way", [pytest.param("triton", marks=interpreted), "reference"])
-@pytest.mark.parametrize("block", [16, 32])
-@pytest.mark.parametrize("name", ["even", "odd", "gqa"])
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [(name, block) for name in ("even", "odd", "gqa") for block in (16, 32)] + [("long", 128)],
+)
 def test_block_sparse_attention_is_exact_on_its_blocks(name, block, way) -> None:
     tensors = inputs(**SHAPES[name])
     queries, keys, heads = tensors[0].shape[2], tensors[1].shape[2], tensors[0].shape[1]
