@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,10 @@ class Target:
             return statistics.median(values)
         spread = statistics.stdev(values) if len(values) > 1 else _UNKNOWN_SPREAD
         return statistics.fmean(values) - _SPREAD * spread
+
+    def safer(self, decibels: float) -> Target:
+        """The same with a higher wanted PSNR, if one is wanted."""
+        return self if self.psnr is None else replace(self, psnr=self.psnr + decibels)
 
     def score(self, speedup: float, psnr: float) -> tuple[bool, float]:
         """Larger is better: reaching the target first, then what is free to choose."""
@@ -208,9 +212,16 @@ class _Search:
     def _best(
         self, several: Sequence[Candidate], prompts: list[int], count: int
     ) -> list[Candidate]:
-        """By the runs on some prompts, so that later runs do not change an earlier choice."""
-        ranked = sorted(several, key=lambda each: self._measured_rank(each, prompts), reverse=True)
-        return ranked[:count]
+        """By the runs on some prompts, so that later runs do not change an earlier choice.
+
+        The first reaches the target there; each further one has more to spare on other prompts.
+        """
+        left, chosen = list(several), list[Candidate]()
+        while left and len(chosen) < count:
+            target = self.target.safer(_TO_SPARE * len(chosen))
+            chosen.append(max(left, key=lambda each: self._score(each, prompts, target)))
+            left.remove(chosen[-1])
+        return chosen
 
     def _guided_runs(self, total: int) -> None:
         """Run what the predictions, corrected by all runs so far, say is best."""
@@ -262,12 +273,15 @@ class _Search:
 
         return max(several, key=rank)
 
-    def _measured_rank(self, candidate: Candidate, prompts: list[int]) -> tuple[bool, float]:
+    def _score(
+        self, candidate: Candidate, prompts: list[int], target: Target
+    ) -> tuple[bool, float]:
+        """Of what was measured on some prompts."""
         trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
         speed = median(trials, "speedup")
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
             speed = _speedup(candidate, self._first_runs())
-        return self.target.score(speed, self.target.decibels([each.psnr for each in trials]))
+        return target.score(speed, target.decibels([each.psnr for each in trials]))
 
     # --- the result ----------------------------------------------------------------------------
 
@@ -340,6 +354,8 @@ class _Search:
         return calibration
 
 
+_TO_SPARE = 2.0
+"""dB."""
 _NEAREST = 3
 """Runs that a prediction is corrected by."""
 _UNKNOWN_OFFSET = 0.0
