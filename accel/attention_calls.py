@@ -9,7 +9,7 @@ processor runs, and that is what is intercepted, in the patched processors alone
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,10 @@ class AttentionCall:
     is_causal: bool
     scale: float | None
     plain: Callable[[], Tensor]
+
+    def over(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
+        """The same with other tensors; `plain` stays what it was."""
+        return replace(self, query=query, key=key, value=value)
 
 
 Attend = Callable[[AttentionCall], "Tensor"]

@@ -87,19 +87,19 @@ def measure(
 @contextmanager
 def shares_kept(into: list[float]) -> Iterator[None]:
     """The share of key blocks that NABLA keeps at each attention, text included."""
-    from accel.kernels import nabla
+    from accel.kernels import sparse_blocks
 
-    inner = nabla.block_sparse_attention
+    inner = sparse_blocks.block_sparse_attention
 
     def look(query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
         into.append(float(mask.float().mean()))
         return inner(query, key, value, mask, **options)
 
-    nabla.block_sparse_attention = look
+    sparse_blocks.block_sparse_attention = look
     try:
         yield
     finally:
-        nabla.block_sparse_attention = inner
+        sparse_blocks.block_sparse_attention = inner
 
 
 def _label(method: Any) -> str:

@@ -29,6 +29,13 @@ def tile_order(grid: Grid, tile: Grid) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
+def tile_places(grid: Grid, tile: Grid, device: torch.device) -> Tensor:
+    """(frame, row, column) of each token in `tile_order`, (tokens, 3)."""
+    places = torch.cartesian_prod(*(torch.arange(n) for n in grid))
+    return places[tile_order(grid, tile)].to(device)
+
+
+@functools.lru_cache(maxsize=16)
 def sequence_orders(
     grid: Grid, tile: Grid, text: int, text_first: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import NABLA
-from accel.kernels import nabla
+from accel.kernels import nabla, sparse_blocks
 
 SMALL = {"tile": (1, 4, 4), "least": 16, "warmup": 0.0}
 FITS = ["flux", "sd3", "wan21", "cogvideox", "ltx", "dit", "pixart"]
@@ -25,13 +25,13 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def masks(monkeypatch) -> list[torch.Tensor]:
     """The block masks that attention was asked for."""
     seen: list[torch.Tensor] = []
-    inner = nabla.block_sparse_attention
+    inner = sparse_blocks.block_sparse_attention
 
     def look(query: Any, key: Any, value: Any, mask: torch.Tensor, **options: Any) -> torch.Tensor:
         seen.append(mask)
         return inner(query, key, value, mask, **options)
 
-    monkeypatch.setattr(nabla, "block_sparse_attention", look)
+    monkeypatch.setattr(sparse_blocks, "block_sparse_attention", look)
     return seen
 
 
@@ -74,6 +74,15 @@ def test_the_kept_set_is_the_smallest_with_its_mass() -> None:
     assert bool(nabla.kept_blocks(query, key, 1.0, size).all())
     grouped = nabla.kept_blocks(query.repeat(1, 2, 1, 1), key, mass, size)
     assert grouped.shape[1] == 6
+
+
+def test_tiles_around_are_kept_too(masks) -> None:
+    tiny, _ = built("wan21")  # three frames of one tile
+    near = torch.tensor([[1, 1, 0], [1, 1, 1], [0, 1, 1]], dtype=torch.bool)
+    with accel.patched(tiny.pipe, NABLA(mass=0.01, window=(1, 0, 0), **SMALL)):
+        run(tiny, num_inference_steps=1)
+    assert all(bool(mask[..., near].all()) for mask in masks)
+    assert not all(bool(mask.all()) for mask in masks)
 
 
 def test_less_mass_keeps_fewer_blocks(masks, baseline) -> None:
@@ -127,6 +136,7 @@ def test_says_how_much_was_kept(caplog) -> None:
     [
         ({"mass": 0}, "mass must be"),
         ({"mass": 1.5}, "mass must be"),
+        ({"window": (1, 2)}, "window must be"),
         ({"tile": (1, 5, 5)}, "tile must be"),
         ({"tile": (64,)}, "tile must be"),
         ({"warmup": 2}, "warmup must be"),
