@@ -48,7 +48,12 @@ def settings() -> list[tuple[accel.Method, ...]]:
 def sparse_settings() -> list[tuple[accel.Method, ...]]:
     """Block-sparse attention; the pictures' blocks are small because the pictures are."""
     shape = {"tile": (1, 4, 4), "least": 64}
-    return [(accel.NABLA(mass=mass, **shape),) for mass in (0.95, 0.9, 0.8, 0.6, 0.4)]
+    found: list[Any] = [accel.NABLA(mass=mass, **shape) for mass in (0.95, 0.9, 0.8, 0.6, 0.4)]
+    found.append(accel.NABLA(mass=0.6, window=(1, 0, 0), **shape))
+    found += [accel.SpargeAttention(topk=share, warmup=0.2, **shape) for share in (0.8, 0.6, 0.4)]
+    found += [accel.SparseVideoGen(keep=share, **shape) for share in (0.8, 0.6, 0.4)]
+    found += [accel.RadialAttention(decay=decay, **shape) for decay in (0.95, 0.2)]
+    return [(each,) for each in found]
 
 
 def measure(
@@ -86,7 +91,7 @@ def measure(
 
 @contextmanager
 def shares_kept(into: list[float]) -> Iterator[None]:
-    """The share of key blocks that NABLA keeps at each attention, text included."""
+    """The share of key blocks that is kept at each attention, text included."""
     from accel.kernels import sparse_blocks
 
     inner = sparse_blocks.block_sparse_attention
