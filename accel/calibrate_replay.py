@@ -20,6 +20,7 @@ from accel.calibrate_profile import PromptProfile
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
 from accel.family import Arguments, Family, Stack
+from accel.guard import Guard
 from accel.method import Handle, Method
 from accel.optimal_steps import solver_strides
 
@@ -95,6 +96,15 @@ class Replay:
             speedup=self.record.seconds["run"] / seconds,
             settled=settled,
         )
+
+    def largest_change(self, *methods: Method) -> float:
+        """The farthest that a stand-in is from what its branch computed last; see `Guard`."""
+        self.denoiser.guard = watch = Guard(limit=math.inf)
+        try:
+            self.predict(*methods)
+        finally:
+            self.denoiser.guard = None
+        return watch.largest
 
     @torch.no_grad()
     def _run(self) -> Tensor:

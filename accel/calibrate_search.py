@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import itertools
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import accel
-from accel.calibrate_fit import Candidate, candidates, predicted, refine
+from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays
 from accel.calibrate_profile import Profile
 from accel.calibrate_trials import Deadline, Trial, Trials, label, median
 from accel.choosing import QUALITIES
@@ -305,6 +306,7 @@ class _Search:
             scheduler=first.scheduler,
             steps=(first.steps, first.steps),
             latents=(first.latents,) * 2,
+            change=self._change(chosen),
         )
         recipe = Recipe(
             model=first.denoiser,
@@ -315,6 +317,12 @@ class _Search:
             measured=(rows[best.key], *(row for key, row in rows.items() if key != best.key)),
         )
         return Calibration(recipe, self.trials.generations)
+
+    def _change(self, chosen: Sequence[Candidate]) -> float | None:
+        """How far good stand-ins go, with a margin."""
+        every = itertools.product(replays(self.profile), chosen)
+        largest = max(replay.largest_change(*each.methods) for replay, each in every)
+        return round(_MARGIN * largest, 3) or None
 
     def _evidence(self, candidate: Candidate) -> dict[str, Any]:
         """What was measured on the validation prompts, or on all when there are none."""
@@ -354,6 +362,8 @@ class _Search:
         return calibration
 
 
+_MARGIN = 1.5
+"""Of the guard's limit over what was seen."""
 _TO_SPARE = 2.0
 """dB."""
 _NEAREST = 3

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LIMIT = 1.0
-"""The largest relative change since the branch's last computed prediction that is trusted."""
+"""The largest relative change since the branch's last computed prediction that is trusted, where
+no calibration says what good stand-ins do."""
 
 
 class Guard:
@@ -21,12 +22,14 @@ class Guard:
 
     Predictions of one branch turn slowly from step to step; one whose difference from the last
     computed prediction is larger than that prediction has drifted (unrelated predictions of equal
-    size differ by 1.4 times it). Costs one host transfer for each stand-in. `strict` raises
-    `AccelError` instead of computing the step.
+    size differ by 1.4 times it). A calibration knows the `limit` of its methods. Costs one host
+    transfer for each stand-in. `strict` raises `AccelError` instead of computing the step.
     """
 
-    def __init__(self, strict: bool = False) -> None:
-        self.strict = strict
+    def __init__(self, strict: bool = False, limit: float = LIMIT) -> None:
+        self.strict, self.limit = strict, limit
+        self.largest = 0.0
+        """The largest change that was trusted."""
         self.repaired = 0
         """Stand-ins refused in this run."""
         self._known: dict[tuple[str, str, int], Tensor] = {}
@@ -44,11 +47,13 @@ class Guard:
         """Whether a stand-in may be used; False means compute the step after all."""
         known = self._known[branch]
         change = float((prediction - known).float().norm() / (known.float().norm() + 1e-8))
-        if change <= LIMIT:  # False for NaN too
+        if change <= self.limit:  # False for NaN too
+            self.largest = max(self.largest, change)
             return True
         text = (
             f"step {step}, branch {branch[1]!r} of {branch[0]}: the cached prediction is "
-            f"{change:.3g} times its size away from the last computed one (at most {LIMIT:g})"
+            f"{change:.3g} times its size away from the last computed one (at most "
+            f"{self.limit:.3g})"
         )
         if self.strict:
             raise AccelError(f"{text}; take milder settings, or strict=False to compute such steps")

@@ -14,7 +14,7 @@ from accel.choosing import RecipeSource, choose
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
 from accel.geometry import log_signal_to_noise, prediction_kind
-from accel.guard import Guard
+from accel.guard import LIMIT, Guard
 from accel.hooks import (
     PATCH,
     call_arguments,
@@ -281,7 +281,8 @@ def patch(
     for forecasts that hold more; where that is too much too, `AccelError` gives the number.
 
     `guard` looks at each prediction that was not computed and computes the step when it is not
-    finite or drifted off (one host transfer a call); `strict` raises `AccelError` then.
+    finite or drifted off (one host transfer a call): farther from the branch's last computed one
+    than its own size, or than a calibrated recipe saw good ones go. `strict` raises `AccelError`.
 
     Patching again replaces. Only this pipeline's objects are changed, never classes; on an error
     the pipeline is as before.
@@ -290,7 +291,7 @@ def patch(
     budget = None if limit is None else Budget(limit, registry.approximator("holdresidual")())
     chosen, valid_for = choose(pipe, methods, recipe, speedup, quality)
     _check_methods(chosen)
-    watch = Guard(strict) if guard or strict else None
+    watch = Guard(strict, valid_for.change or LIMIT) if guard or strict else None
     previous = pipe.__dict__.get(PATCH) if hasattr(pipe, "__dict__") else None
     _refuse_foreign_caches(pipe)
     before = previous.methods if previous is not None else ()

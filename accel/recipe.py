@@ -54,7 +54,8 @@ class Validity(BaseModel):
     """Where a recipe holds; what is left at its default is not checked.
 
     `scheduler` is a class name, `steps` the least and most sampling steps, `latents` the least and
-    most latent values of one sample (all channels and frames).
+    most latent values of one sample (all channels and frames). `change` is the guard's limit: half
+    as much again as stand-ins were calibrated to differ from what their branch computed last.
     """
 
     model_config = _STRICT
@@ -62,6 +63,7 @@ class Validity(BaseModel):
     scheduler: str = ""
     steps: tuple[int, int] | None = None
     latents: tuple[int, int] | None = None
+    change: float | None = Field(default=None, gt=0)
 
     def refuses(
         self, scheduler: str | None = None, steps: int | None = None, latents: int | None = None

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_calibrate_profile import profiled
 from tiny_pipelines import STEPS, built, run
 
 import accel
+from accel.calibrate_replay import Replay
+from accel.recipe import Validity
 
 FAMILIES = ["wan21", "flux", "sd15"]
 
@@ -66,3 +69,26 @@ def test_strict_raises_and_leaves_the_pipeline_usable() -> None:
     ):
         run(tiny)
     assert torch.equal(run(tiny), baseline)
+
+
+def test_a_calibrated_limit_is_taken(caplog) -> None:
+    tiny, baseline = built("wan21")
+    recipe = accel.Recipe.of((accel.PlainCycle(interval=2),))
+    tight = recipe.model_copy(update={"valid_for": Validity(change=1e-9)})
+    with accel.patched(tiny.pipe, recipe=tight, guard=True) as handle:
+        assert torch.equal(run(tiny), baseline)
+        assert handle.report().repaired > 0
+    with accel.patched(tiny.pipe, recipe=recipe, guard=True) as handle:
+        assert not torch.equal(run(tiny), baseline)
+        assert handle.report().repaired == 0
+
+
+def test_a_replay_tells_how_far_good_stand_ins_go() -> None:
+    tiny, _ = built("wan21")
+    replay = Replay(profiled(tiny).prompts[0])
+    method = accel.PlainCycle(interval=2, whole=True)
+    told = replay.largest_change(method)
+    with accel.patched(tiny.pipe, method, guard=True) as handle:
+        run(tiny)
+        assert told == pytest.approx(handle._guard.largest, rel=0.3)
+    assert replay.largest_change(accel.PlainCycle(interval=1)) == 0
