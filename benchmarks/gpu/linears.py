@@ -1,6 +1,6 @@
 """Time low-bit linear layers and the single-pass kernels on a CUDA device.
 
-    python benchmarks/gpu/linears.py benchmarks/results/gpu-linears.json
+    python -m benchmarks.gpu.linears benchmarks/results/gpu-linears.json
 
 For each layer of some models: torch's bfloat16, and each format by torchao and by this package,
 with the error against fp32. For the single passes: their share of the bandwidth of a copy.
@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,6 +23,7 @@ from accel.generate import versions
 from accel.kernels.linear import Linear, torchao_why_not
 from accel.kernels.relative_l1 import mean_distance, mean_distance_reference
 from accel.kernels.weighted_sum import weighted_sum, weighted_sum_reference
+from benchmarks.gpu.timing import milliseconds
 
 LAYERS = {
     "FLUX attention projection": (4608, 3072, 3072),
@@ -35,26 +34,6 @@ LAYERS = {
 }
 """(tokens, in_features, out_features)."""
 ELEMENTS = 2**27
-REPEATS = 20
-
-
-def milliseconds(run: Callable[[], Any], device: str) -> float:
-    """Median of runs by the device's own events (by the clock on a CPU), after three to warm up."""
-    for _ in range(3):
-        run()
-    if device != "cuda":
-        began = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - began)
-    taken = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    return statistics.median(taken)
 
 
 def layer(name: str, shape: tuple[int, int, int], device: str) -> dict[str, Any]:
@@ -112,7 +91,7 @@ def main() -> None:
     device = "cpu" if asked.smoke else "cuda"
     layers = {"smoke": (32, 128, 256)} if asked.smoke else LAYERS
     result = {
-        "command": f"python benchmarks/gpu/linears.py {asked.path}",
+        "command": f"python -m benchmarks.gpu.linears {asked.path}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": device if asked.smoke else torch.cuda.get_device_name(),
         "versions": versions(),

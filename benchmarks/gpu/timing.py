@@ -1,0 +1,31 @@
+"""How runs are timed on a CUDA device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+REPEATS = 20
+
+
+def milliseconds(run: Callable[[], Any], device: str) -> float:
+    """Median of runs by the device's own events (by the clock on a CPU), after three to warm up."""
+    for _ in range(3):
+        run()
+    if device != "cuda":
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
+    taken = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        taken.append(begin.elapsed_time(end))
+    return statistics.median(taken)
