@@ -11,6 +11,7 @@ from accel.method import Handle, check, is_number
 from accel.noise_levels import NoiseLevels
 from accel.stages import Stage, check_plan, plan
 from accel.staging import stage
+from accel.text_bias import amplify_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,9 @@ class Progressive:
     a change of size the clean estimate is resized and made noisy again with fresh noise, `renoise`
     times the noise-to-signal ratio that was reached. `gain` multiplies each further stage's
     timestep shift (flow matching), beside the factor √(share of tokens). `positions`: see `Layout`;
-    "native" is what models know that were trained at several sizes.
+    "native" is what models know that were trained at several sizes. `text_bias` ρ (Jenga: 0.5):
+    in smaller stages ρ·log(full/live places) is added to the logits of picture to text in joint
+    attention, so that the field of view does not narrow.
     """
 
     slot: ClassVar[str] = "size"
@@ -37,16 +40,27 @@ class Progressive:
     renoise: float = 1.0
     gain: float = 1.0
     positions: str = "native"
+    text_bias: float = 0.0
 
     def __post_init__(self) -> None:
         check_plan(self, self.scales, self.shares)
         for name in ("renoise", "gain"):
             value = getattr(self, name)
             check(is_number(value) and value > 0, self, name, "a number above 0")
+        positive = is_number(self.text_bias) and self.text_bias >= 0
+        check(positive, self, "text_bias", "a number ≥ 0")
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to a denoiser whose family can take other sizes."""
-        return stage(denoiser, self, self.positions)
+        staged = stage(denoiser, self, self.positions)
+        if not self.text_bias:
+            return staged
+        try:
+            amplified = amplify_text(denoiser, "Progressive(text_bias=…)", self.text_bias)
+        except BaseException:
+            staged.remove()
+            raise
+        return Handle.together((staged, amplified))
 
     def stages(self, levels: NoiseLevels) -> list[Stage]:
         """Each stage ends where its steps would end in the untouched run."""

@@ -9,6 +9,8 @@ from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import AccelError, BottleneckSampling, Progressive
+from accel.attention_calls import AttentionCall
+from accel.text_bias import biased
 
 LARGER = {
     "cogvideox": {"height": 32, "width": 32},
@@ -247,3 +249,34 @@ def test_wrong_settings_are_refused() -> None:
             Progressive(**wrong)
     with pytest.raises(AccelError, match="slot"):
         accel.patch(built("flux")[0].pipe, Progressive(), BottleneckSampling())
+
+
+@pytest.mark.parametrize("masked", ["none", "bool", "float"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_text_bias_is_on_picture_to_text_logits(first, masked) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 9, 8).unbind()
+    mask = {"none": None, "bool": torch.rand(2, 1, 1, 9) > 0.2, "float": torch.randn(1, 1, 9, 9)}
+    call = AttentionCall(None, query, key, value, mask[masked], False, None, None)
+    logits = query @ key.mT / 8**0.5
+    if masked == "bool":
+        logits = logits.masked_fill(~mask["bool"], -torch.inf)
+    if masked == "float":
+        logits = logits + mask["float"]
+    words = slice(0, 3) if first else slice(6, 9)
+    picture = slice(3, 9) if first else slice(0, 6)
+    logits[:, :, picture, words] += 0.7
+    made = biased(call, 3, first, 0.7)
+    assert torch.allclose(made, logits.softmax(-1) @ value, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_the_text_bias_acts_in_the_small_stage_alone(family, baseline) -> None:
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, Progressive()):
+        plain = run(tiny)
+    with accel.patched(tiny.pipe, Progressive(text_bias=0.5)):
+        assert not torch.equal(run(tiny), plain)
+    with accel.patched(tiny.pipe, Progressive(scales=(1.0,), shares=(1.0,), text_bias=0.5)):
+        assert torch.equal(run(tiny), baseline(family))
+    assert torch.equal(run(tiny), baseline(family))
