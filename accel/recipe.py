@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -169,10 +170,16 @@ class Recipe(BaseModel):
         file = Path(path)
         part = file.with_name(file.name + ".part")
         with part.open("w", encoding="utf-8") as out:
-            out.write(self.model_dump_json(indent=2) + "\n")
+            out.write(_one_line_a_row(self.model_dump_json(indent=2)) + "\n")
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)
+
+
+def _one_line_a_row(text: str) -> str:
+    """Indented JSON with lists of numbers in one line each."""
+    rows = re.compile(r"\[\n[-+.,\deE\s]*\]")  # a line break never lies inside a string
+    return rows.sub(lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 def published(name: str) -> dict[str, Any]:
