@@ -6,23 +6,22 @@ import datetime
 import importlib.metadata
 import itertools
 import logging
-import math
 import os
 import platform
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import accel
+from accel import calibrate_expect as expect
 from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays
 from accel.calibrate_profile import Profile
+from accel.calibrate_target import Target
 from accel.calibrate_trials import Deadline, Trial, Trials, label, median
-from accel.choosing import QUALITIES
-from accel.method import AccelError, is_number
+from accel.method import AccelError
 from accel.recipe import Choice, Recipe, Validity
 
 logger = logging.getLogger(__name__)
@@ -30,10 +29,6 @@ logger = logging.getLogger(__name__)
 FIRST, SECOND, LAST = 12, 4, 3
 """Candidates of the rungs: on the most typical prompt, on two more, on the validation prompts."""
 VALIDATION = 4
-_SPREAD = 1.3
-"""Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
-_UNKNOWN_SPREAD = 3.0
-"""dB, while there is one run alone."""
 
 
 class UnreachableError(AccelError):
@@ -42,52 +37,6 @@ class UnreachableError(AccelError):
     def __init__(self, message: str, calibration: Calibration) -> None:
         super().__init__(message)
         self.calibration = calibration
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is wanted: at least `speedup`, or at least `psnr` dB.
-
-    `typical`: that is meant of the median prompt, else of nine prompts in ten.
-    """
-
-    speedup: float | None = None
-    psnr: float | None = None
-    typical: bool = True
-
-    @classmethod
-    def of(cls, speedup: float | None, psnr: float | None, quality: str | None) -> Target:
-        """From the arguments of `calibrate`; "balanced" when none is given."""
-        if sum(each is not None for each in (speedup, psnr, quality)) > 1:
-            raise AccelError("accel.calibrate: give one of speedup, psnr and quality")
-        if quality is not None and quality not in QUALITIES:
-            raise AccelError(f"quality={quality!r}; accepted: {', '.join(QUALITIES)}")
-        if speedup is not None and not (is_number(speedup) and speedup > 1):
-            raise AccelError(f"speedup={speedup!r}: a number above 1 is accepted")
-        if psnr is not None and not (is_number(psnr) and psnr > 0):
-            raise AccelError(f"psnr={psnr!r}: a number of dB above 0 is accepted")
-        if speedup is None and psnr is None:
-            return cls(psnr=QUALITIES[quality or "balanced"])
-        return cls(speedup, psnr, typical=psnr is None)
-
-    def decibels(self, values: Sequence[float]) -> float:
-        """What counts of the PSNRs of several prompts."""
-        if self.typical:
-            return statistics.median(values)
-        spread = statistics.stdev(values) if len(values) > 1 else _UNKNOWN_SPREAD
-        return statistics.fmean(values) - _SPREAD * spread
-
-    def safer(self, decibels: float) -> Target:
-        """The same with a higher wanted PSNR, if one is wanted."""
-        return self if self.psnr is None else replace(self, psnr=self.psnr + decibels)
-
-    def score(self, speedup: float, psnr: float) -> tuple[bool, float]:
-        """Larger is better: reaching the target first, then what is free to choose."""
-        if self.speedup is None:
-            reached = psnr >= (self.psnr or 0)
-            return (reached, speedup if reached else psnr)
-        reached = speedup >= self.speedup
-        return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
 
 
 @dataclass(frozen=True)
@@ -269,8 +218,7 @@ class _Search:
         runs = self._first_runs()
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
-            decibels = _offset(candidate, runs) - _decibels(candidate)
-            return self.target.score(_speedup(candidate, runs), decibels)
+            return self.target.score(expect.speedup(candidate, runs), expect.psnr(candidate, runs))
 
         return max(several, key=rank)
 
@@ -281,7 +229,7 @@ class _Search:
         trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
         speed = median(trials, "speedup")
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
-            speed = _speedup(candidate, self._first_runs())
+            speed = expect.speedup(candidate, self._first_runs())
         return target.score(speed, target.decibels([each.psnr for each in trials]))
 
     # --- the result ----------------------------------------------------------------------------
@@ -366,45 +314,6 @@ _MARGIN = 1.5
 """Of the guard's limit over what was seen."""
 _TO_SPARE = 2.0
 """dB."""
-_NEAREST = 3
-"""Runs that a prediction is corrected by."""
-_UNKNOWN_OFFSET = 0.0
-"""dB at a predicted error of 1 before any run; medians from −6 to 12 on the zoo."""
-
-
-def _offset(candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]) -> float:
-    """dB at a predicted error of 1, from the runs that are most like the candidate."""
-    near = _nearest(candidate, runs)
-    offsets = [trial.psnr + _decibels(each) for each, trial in near]
-    return statistics.median(offsets) if offsets else _UNKNOWN_OFFSET
-
-
-def _speedup(candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]) -> float:
-    """The predicted speed-up, corrected by the runs that are most like the candidate."""
-    near = _nearest(candidate, runs)
-    ratios = [trial.speedup / each.prediction.speedup for each, trial in near]
-    return candidate.prediction.speedup * (statistics.median(ratios) if ratios else 1.0)
-
-
-def _nearest(
-    candidate: Candidate, runs: Sequence[tuple[Candidate, Trial]]
-) -> list[tuple[Candidate, Trial]]:
-    """Runs with the same kinds of methods first, then those of nearest predicted error."""
-    here, kinds = _decibels(candidate), _kinds(candidate)
-
-    def distance(run: tuple[Candidate, Trial]) -> tuple[bool, float]:
-        return _kinds(run[0]) != kinds, abs(_decibels(run[0]) - here)
-
-    return sorted(runs, key=distance)[:_NEAREST]
-
-
-def _kinds(candidate: Candidate) -> list[Any]:
-    """What errs in the same way: methods by name, and what a schedule was made for."""
-    return [(type(each).__name__, getattr(each, "early", None)) for each in candidate.methods]
-
-
-def _decibels(candidate: Candidate) -> float:
-    return 20 * math.log10(max(candidate.prediction.error, 1e-9))
 
 
 def _beats(one: Choice, other: Choice) -> bool:

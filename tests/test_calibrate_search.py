@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import accel
 from accel import calibrate_fit, cli
-from accel.calibrate_search import Target, UnreachableError
+from accel.calibrate_search import UnreachableError
+from accel.calibrate_target import Target
 from accel.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("_few_candidates")

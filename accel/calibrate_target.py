@@ -1,0 +1,62 @@
+"""What a calibration is asked for, and how near a candidate comes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from accel.choosing import QUALITIES
+from accel.method import AccelError, is_number
+
+_SPREAD = 1.3
+"""Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
+_UNKNOWN_SPREAD = 3.0
+"""dB, while there is one run alone."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is wanted: at least `speedup`, or at least `psnr` dB.
+
+    `typical`: that is meant of the median prompt, else of nine prompts in ten.
+    """
+
+    speedup: float | None = None
+    psnr: float | None = None
+    typical: bool = True
+
+    @classmethod
+    def of(cls, speedup: float | None, psnr: float | None, quality: str | None) -> Target:
+        """From the arguments of `calibrate`; "balanced" when none is given."""
+        if sum(each is not None for each in (speedup, psnr, quality)) > 1:
+            raise AccelError("accel.calibrate: give one of speedup, psnr and quality")
+        if quality is not None and quality not in QUALITIES:
+            raise AccelError(f"quality={quality!r}; accepted: {', '.join(QUALITIES)}")
+        if speedup is not None and not (is_number(speedup) and speedup > 1):
+            raise AccelError(f"speedup={speedup!r}: a number above 1 is accepted")
+        if psnr is not None and not (is_number(psnr) and psnr > 0):
+            raise AccelError(f"psnr={psnr!r}: a number of dB above 0 is accepted")
+        if speedup is None and psnr is None:
+            return cls(psnr=QUALITIES[quality or "balanced"])
+        return cls(speedup, psnr, typical=psnr is None)
+
+    def decibels(self, values: Sequence[float]) -> float:
+        """What counts of the PSNRs of several prompts."""
+        if self.typical:
+            return statistics.median(values)
+        spread = statistics.stdev(values) if len(values) > 1 else _UNKNOWN_SPREAD
+        return statistics.fmean(values) - _SPREAD * spread
+
+    def safer(self, decibels: float) -> Target:
+        """The same with a higher wanted PSNR, if one is wanted."""
+        return self if self.psnr is None else replace(self, psnr=self.psnr + decibels)
+
+    def score(self, speedup: float, psnr: float) -> tuple[bool, float]:
+        """Larger is better: reaching the target first, then what is free to choose."""
+        if self.speedup is None:
+            reached = psnr >= (self.psnr or 0)
+            return (reached, speedup if reached else psnr)
+        reached = speedup >= self.speedup
+        return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
