@@ -18,7 +18,7 @@ import accel
 from accel import generate, metrics, model_zoo
 from accel.bench import pictures
 
-FITTED, JUDGED, STEPS = (1, 8), 12, 50
+FITTED, JUDGED, STEPS = (1, 8), 6, 50
 THRESHOLDS = (0.1, 0.2, 0.4)
 
 
