@@ -83,7 +83,8 @@ def main() -> None:
         before, _, rest = text.partition(BEGIN)
         after = rest.partition(END)[2] if rest else "\n"
         tables = [table(measured[name])] if name in measured else []
-        tables += [found for found in (staged(name),) if found]
+        found = staged(name) if ".samplers." in module else ""
+        tables += [found] if found else []
         if tables:
             block = "\n".join((BEGIN, "\n\n".join(tables), END))
             page.write_text(f"{before.rstrip()}\n\n{block}{after}", encoding="utf-8")
