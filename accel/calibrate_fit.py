@@ -29,11 +29,16 @@ KNOBS = {
     "dpcache": ("share", 1.0, 0.04),
     "fitcache": ("share", 1.0, 0.04),
     "bac": ("share", 1.0, 0.04),
+    "ertacache": ("threshold", 0.0, 4.0),
+    "unicp": ("threshold", 0.0, 2.0),
+    "adacache": ("codebook", 0.0, 100.0),
+    "linearag": ("share", 0.0, 1.0),
     "cfgcache": ("interval", 1, 40),
     "adaptiveguidance": ("threshold", 1.0, 0.5),
 }
-"""What `fit` turns: a setting, its value that saves nothing, and one that saves much."""
-_LAYERED = {"smoothcache", "blockcaching", "foresight", "bac"}
+"""What `fit` turns: a setting, its value that saves nothing, and one that saves much; of a codebook
+all bounds together, by that factor."""
+_LAYERED = {"smoothcache", "blockcaching", "foresight", "bac", "unicp", "adacache"}
 _GUIDANCE = ((3, 0.1), (5, 0.1), (10, 0.1), (5, 0.3), (10, 0.3), (20, 0.1))
 _INTERVALS = (2, 3, 4, 5, 6, 8, 10, 12)
 _SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06)
@@ -76,7 +81,9 @@ def fit(profile: Profile, name: str, share: float, **settings: Any) -> Candidate
     best: Candidate | None = None
     for _ in range(12):
         middle = (mild + strong) / 2
-        value = round(middle) if isinstance(KNOBS[key][1], int) else middle
+        value: Any = round(middle) if isinstance(KNOBS[key][1], int) else middle
+        if knob == "codebook":
+            value = tuple((bound * middle, steps) for bound, steps in kind().entries)
         prediction = mean_prediction(found, kind(**{knob: value}, **settings))
         each = Candidate(prediction.settled, prediction)
         if best is None or _off(each, share) < _off(best, share):

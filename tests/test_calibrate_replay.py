@@ -71,6 +71,19 @@ def test_methods_measure_themselves_on_a_replay(wan) -> None:
         fit(wan[1], "dpcache", 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "share"), [("UniCP", 0.65), ("AdaCache", 0.5), ("LinearAG", 0.75), ("ERTACache", 0.5)]
+)
+def test_fitted_methods_compute_on_the_model_what_was_predicted(wan, name, share) -> None:
+    tiny, profile = wan
+    found = fit(profile, name, share)
+    assert found.prediction.share == pytest.approx(share, abs=0.13)
+    with accel.patched(tiny.pipe, *found.methods):
+        run(tiny)
+        real = accel.stats(tiny.pipe).share_computed
+    assert real == pytest.approx(found.prediction.share, abs=0.1)
+
+
 def test_candidates_combine_a_cache_with_a_guidance_policy(wan) -> None:
     found = candidates(wan[1])
     kinds = {tuple(type(method).__name__ for method in each.methods) for each in found}
