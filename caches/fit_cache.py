@@ -41,8 +41,8 @@ class FitCache:
     with another cost: ‖Σ strideₛ·errorₛ‖² over each gap, the drift of the latent that the solver
     makes of the errors. Both need only the inner products of the residuals and latents of one full
     run; `accel.calibrate` takes those of several. `early`: an error at the run's beginning weighs
-    e^early times what one of its end does; measured on the zoo, 2 is best for one model and 0 to 1
-    for two.
+    e^early times what one of its end does. None: 1 for flow matching, where the zoo's models are
+    best at 2 and at 0 to 1, else 0: other strides are long at the beginning anyway.
 
     `schedule`: ones (compute) and zeros, and `weights`: for each branch in calling order one
     (a, b, c) for each 0; a branch too many takes the last. None: the first run is computed and
@@ -65,13 +65,13 @@ class FitCache:
     )
 
     share: float = 0.2
-    early: float = 1.0
+    early: float | None = None
     schedule: tuple[int, ...] | None = None
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
         check(is_number(self.share) and 0 < self.share <= 1, self, "share", "in (0, 1]")
-        check(is_number(self.early), self, "early", "a number")
+        check(self.early is None or is_number(self.early), self, "early", "None or a number")
         if (self.schedule is None) != (self.weights is None):
             raise AccelError("FitCache: schedule and weights are measured together; give both")
         if self.schedule is None or self.weights is None:
@@ -144,9 +144,12 @@ class FitCache:
         products = [each.matrix() for each in branches if each.places == first.places]
         log_snr = [first.log_snr[place] for place in first.places]
         strides = solver_strides(log_snr, prediction)
-        fitted = self.fitted(self.share, self.early, products, strides)
+        early = self.early if self.early is not None else float(prediction == "flow")
+        fitted = self.fitted(self.share, early, products, strides)
         steps = [step for step, entry in enumerate(fitted.schedule or ()) if entry]
-        return replace(fitted, share=self.share, schedule=tuple(first.schedule(steps)))
+        return replace(
+            fitted, share=self.share, early=self.early, schedule=tuple(first.schedule(steps))
+        )
 
 
 def _weights(products: Costs, steps: Sequence[int]) -> tuple[tuple[float, float, float], ...]:
