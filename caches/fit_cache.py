@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from accel.caches.approximators import Newton, combine
-from accel.caches.products import Products
+from accel.caches.products import Compute, Products
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_number
@@ -45,9 +45,10 @@ class FitCache:
     best at 2 and at 0 to 1, else 0: other strides are long at the beginning anyway.
 
     `schedule`: ones (compute) and zeros, and `weights`: for each branch in calling order one
-    (a, b, c) for each 0; a branch too many takes the last. None: the first run is computed and
-    measured, and holds two latents for each step. In runs of other lengths, and where other steps
-    than the schedule's were computed, the forecast is the line through the last two.
+    (a, b, c) for each 0; a branch too many takes the last. They belong to one number of steps; in
+    runs of another nothing is skipped. None: the first run of each length is computed and
+    measured, and holds two latents for each step. Where other steps than the schedule's were
+    computed, the forecast is the line through the last two.
 
     Whole calls are skipped, on any denoiser. Static: rows of a batch are independent, no device
     value is read after the first run. Holds two latents a branch.
@@ -114,25 +115,28 @@ class FitCache:
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the whole denoiser."""
         measured: dict[int, Products] = {}
-        found = [self] if self.schedule is not None else []
+        found = {len(self.schedule): self} if self.schedule is not None else {}
 
         def settle() -> None:
             first = measured.get(0)
-            if not found and first and first.run == denoiser.clock.completed and first.rows:
-                found.append(self._settled(list(measured.values()), denoiser.clock.prediction))
+            if first and first.run == denoiser.clock.completed and first.rows:
+                fitted = self._settled(list(measured.values()), denoiser.clock.prediction)
+                found[first.total] = fitted
                 measured.clear()
 
-        def policy(branch: Branch) -> _Fitted | Products:
+        def policy(branch: Branch) -> _Fitted | Products | Compute:
             settle()
-            if found:
-                return _Fitted(found[0], branch)
+            if denoiser.clock.schedule in found:
+                return _Fitted(found[denoiser.clock.schedule], branch)
+            if self.schedule is not None:
+                return Compute()
             return measured.setdefault(branch.ordinal, Products(inputs=True)).begin(
                 denoiser.clock.run
             )
 
         def settled() -> FitCache:
             settle()
-            return found[0] if found else self
+            return list(found.values())[-1] if found else self
 
         if not found:
             logger.info("FitCache: no weights known; the first run is computed and measured")
@@ -191,7 +195,7 @@ class _Fitted(Table):
         """The fitted sum, or the forecast where the weights are of other steps."""
         before = self.entries[: context.place]
         known = [place for place, entry in enumerate(before) if entry][-2:]
-        if context.schedule != len(self.entries) or self.places != known[-len(self.places) :]:
+        if self.places != known[-len(self.places) :]:
             return forecast
         older, newer, latent = self.weights[before.count(0)]
         if len(self.kept) == 1 and older:

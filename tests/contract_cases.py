@@ -25,7 +25,7 @@ ACTIVE: dict[str, Any] = {
     "foresight": {"gamma": 1e6},
     "dicache": {"threshold": 1e6, "warmup": 0.3, "reuse": HoldResidual()},
     "dpcache": {"schedule": (1, 1, 0, 1), "reuse": HoldResidual()},
-    "fitcache": {"schedule": (1, 1, 0, 1), "weights": (((0.0, 1.0, 0.0),),)},
+    "fitcache": {"schedule": (1, 0) * 4, "weights": (((-0.5, 1.5, 0.0),) * 4,)},
     "deltadit": {"interval": 2, "boundary": 0.5},
     "deepcache": {"interval": 2},
     "spectrum": {"window": 2, "growth": 1.0, "warmup": 2, "reuse": HoldResidual()},

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from contract_cases import COND, context_at
 from tiny_pipelines import STEPS, TINY, built, run
 
 import accel
@@ -136,15 +137,43 @@ def test_a_skipped_step_takes_its_weights_of_the_last_two_residuals_and_the_late
         assert torch.allclose(seen[at][1], wanted, atol=1e-5)
 
 
-def test_a_run_of_another_length_takes_the_line() -> None:
-    tiny, _ = built("wan21")
+def test_a_run_of_another_length_is_measured_anew() -> None:
+    tiny, baseline = built("wan21")
+    shorter = {"num_inference_steps": STEPS - 2}
+    untouched = run(tiny, **shorter)
     with accel.patched(tiny.pipe, FitCache(share=0.5)) as handle:
         run(tiny)
-        settled = handle.methods[0]
-        other = run(tiny, num_inference_steps=STEPS - 2)
-    line = accel.DPCache(schedule=settled.schedule, whole=True)
-    with accel.patched(tiny.pipe, line):
-        assert torch.equal(run(tiny, num_inference_steps=STEPS - 2), other)
+        changed = run(tiny)
+        assert torch.equal(run(tiny, **shorter), untouched)
+        assert not torch.equal(run(tiny, **shorter), untouched)
+        assert handle.report().share_computed == pytest.approx(0.5)
+        assert len(handle.methods[0].schedule) == STEPS - 2
+        assert torch.equal(run(tiny), changed)
+        settled = FitCache(schedule=(1, 0) * (STEPS // 2), weights=(((0.0, 1.0, 0.0),) * 4,))
+    with accel.patched(tiny.pipe, settled):
+        assert all(torch.equal(run(tiny, **shorter), untouched) for _ in range(2))
+        assert not torch.equal(run(tiny), baseline)
+
+
+def test_where_other_steps_were_computed_the_line_stands_in() -> None:
+    tiny, _ = built("wan21")
+    zeros = {"schedule": (1, 1, 0, 1, 0, 1, 0, 0), "weights": (((9.0, 9.0, 9.0),) * 4,)}
+    with accel.patched(tiny.pipe, FitCache(**zeros), accel.CfgCache(interval=3, start=0.1)):
+        rough = run(tiny)
+    assert torch.isfinite(rough).all()
+    method = FitCache(**zeros)
+    policy = method_policy(method)
+    kept = [torch.full((2,), float(value)) for value in (1, 2)]
+    policy.places, policy.kept = [0, 3], [(each,) for each in kept]  # 1 and 3 were to be computed
+    forecast = (torch.zeros(2),)
+    context = context_at(4, 8)
+    assert policy.refine(context, None, forecast, None) is forecast
+
+
+def method_policy(method: FitCache):
+    from accel.caches.fit_cache import _Fitted
+
+    return _Fitted(method, COND)
 
 
 def test_rows_of_a_batch_are_independent() -> None:
