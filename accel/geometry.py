@@ -8,6 +8,8 @@ from typing import Any
 from accel.family import Arguments, Family
 
 Grid = tuple[int, int, int]
+TEXT_FIRST = {"flux", "cogvideox", "qwen_image"}
+"""Families whose joint attention puts the text before the picture."""
 _MARGIN = 1e-4
 
 

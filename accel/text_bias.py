@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from accel.attention_calls import AttentionCall, intercept, self_attention
-from accel.geometry import token_grid
-from accel.kernels.attention_inputs import repeat_heads
-from accel.kernels.sparse_blocks import TEXT_FIRST
+from accel.geometry import TEXT_FIRST, token_grid
 from accel.method import Handle
 
 if TYPE_CHECKING:
@@ -46,7 +44,7 @@ def biased(call: AttentionCall, text: int, text_first: bool, bias: float) -> Ten
     tokens, heads = call.query.shape[2], call.query.shape[1]
     words = slice(0, text) if text_first else slice(tokens - text, tokens)
     picture = slice(text, tokens) if text_first else slice(0, tokens - text)
-    key, value = repeat_heads(call.key, heads), repeat_heads(call.value, heads)
+    grouped: dict[str, Any] = {"enable_gqa": True} if call.key.shape[1] != heads else {}
     row = call.query.new_zeros(1, 1, 1, tokens)
     row[..., words] = bias
 
@@ -58,7 +56,10 @@ def biased(call: AttentionCall, text: int, text_first: bool, bias: float) -> Ten
             as_bias = hidden.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else mask
             added = added + as_bias
         return scaled_dot_product_attention(
-            call.query[:, :, rows], key, value, attn_mask=added, scale=call.scale
+            *(call.query[:, :, rows], call.key, call.value),
+            attn_mask=added,
+            scale=call.scale,
+            **grouped,
         )
 
     parts = [part(picture, row), part(words, torch.zeros_like(row))]

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from accel.attention_calls import AttentionCall, intercept, self_attention
-from accel.geometry import token_grid
+from accel.geometry import TEXT_FIRST, token_grid
 from accel.kernels.block_sparse_attention import block_sparse_attention
 from accel.kernels.token_tiles import Grid, sequence_orders, tile_places
 from accel.method import Handle, check, is_count, is_number
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BLOCKS = (16, 32, 64, 128)
-TEXT_FIRST = {"flux", "cogvideox", "qwen_image"}
-"""Families whose joint attention puts the text before the picture."""
 
 
 class SparseSettings(Protocol):

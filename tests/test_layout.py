@@ -18,11 +18,12 @@ CONTRACTS = {
     *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
     *("block_calls", "geometry", "guard", "guidance", "adapters", "model_calls", "sublayer"),
     *("memory_budget", "optimal_steps", "similarity_filter", "stream_batch", "stream_session"),
-    *("layout", "noise_levels", "staging", "transitions"),
-    "attention_calls",
+    *("layout", "noise_levels", "staging", "transitions", "stages", "crossing"),
+    *("staged_scheduler", "text_bias", "attention_calls"),
 }
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),
+    "accel.caches.products",
 }
 TENSOR_FUNCTIONS = {"accel.kernels.relative_l1", "accel.kernels.weighted_sum"}
 """Kernels that everybody may call: they know tensors and nothing else."""
