@@ -74,7 +74,12 @@ def claims() -> list[str]:
     if not there:
         return []
     lines = [
-        "**What was asked and what came** on ten final prompts "
+        "**What was asked and what came** on final prompts (the last rows on five), "
+        + ", ".join(
+            f"{len(content['targets']['quality=balanced']['psnr_each'])} for {model}"
+            for model, content in there
+        )
+        + " "
         "(`python -m benchmarks.calibration_claims MODEL FILE`; PSNR: median, worst):",
         "",
         "| asked for | " + " | ".join(model for model, _ in there) + " |",

@@ -50,7 +50,8 @@ def table(result: dict[str, Any], idle: dict[str, Any]) -> str:
     lines += [
         "",
         f"With nothing reused a run takes {cost['run']:+.1%} time; hooking costs "
-        f"{cost['microseconds_per_block']:.1f} µs a block (on an idle machine). All rows: "
+        f"{cost['microseconds_per_block']:.1f} µs a block (`emoji-video-cpu.json`, idle machine; "
+        f"{result['overhead']['run']:+.1%} in this run, beside other jobs). All rows: "
         "`benchmarks/results/`; the command:",
         "",
         "```",
