@@ -10,10 +10,8 @@ outliers, and why the others do not run; then block-sparse attention at several 
 
 from __future__ import annotations
 
-import argparse
 import json
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +22,7 @@ from accel.attention_calls import AttentionCall, AttentionLayer
 from accel.generate import versions
 from accel.kernels.attention_table import KERNELS
 from accel.kernels.block_sparse_attention import block_sparse_attention
-from benchmarks.gpu.timing import milliseconds
+from benchmarks.gpu.timing import asked, milliseconds
 
 SHAPES = {
     **{f"self, D64, N={n}": (24, n, n, 64) for n in (1024, 4096, 16384, 65536)},
@@ -122,27 +120,24 @@ def sparse(name: str, shape: tuple[int, int, int], device: str) -> list[dict[str
 
 def main() -> None:
     """Measure into the file; it grows shape by shape."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="small, on a CPU")
-    asked = parser.parse_args()
-    device = "cpu" if asked.smoke else "cuda"
-    shapes = {"smoke": (2, 128, 128, 64)} if asked.smoke else SHAPES
-    sparse_shapes = {"smoke": (2, 512, 64)} if asked.smoke else SPARSE
+    path, device = asked(__doc__)
+    smoke = device == "cpu"
+    shapes = {"smoke": (2, 128, 128, 64)} if smoke else SHAPES
+    sparse_shapes = {"smoke": (2, 512, 64)} if smoke else SPARSE
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.gpu.attention {asked.path}",
+        "command": f"python -m benchmarks.gpu.attention {path}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device if asked.smoke else torch.cuda.get_device_name(),
+        "device": device if smoke else torch.cuda.get_device_name(),
         "versions": versions(),
         "dense": [],
         "sparse": [],
     }
     for name, shape in shapes.items():
         result["dense"].append(dense(name, shape, device))
-        asked.path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
     for name, sizes in sparse_shapes.items():
         result["sparse"] += sparse(name, sizes, device)
-        asked.path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,9 @@ with the error against fp32. For the single passes: their share of the bandwidth
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from accel.generate import versions
 from accel.kernels.linear import Linear, torchao_why_not
 from accel.kernels.relative_l1 import mean_distance, mean_distance_reference
 from accel.kernels.weighted_sum import weighted_sum, weighted_sum_reference
-from benchmarks.gpu.timing import milliseconds
+from benchmarks.gpu.timing import asked, milliseconds
 
 LAYERS = {
     "FLUX attention projection": (4608, 3072, 3072),
@@ -84,21 +82,18 @@ def passes(count: int, device: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure into the file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="small, on a CPU")
-    asked = parser.parse_args()
-    device = "cpu" if asked.smoke else "cuda"
-    layers = {"smoke": (32, 128, 256)} if asked.smoke else LAYERS
+    path, device = asked(__doc__)
+    smoke = device == "cpu"
+    layers = {"smoke": (32, 128, 256)} if smoke else LAYERS
     result = {
-        "command": f"python -m benchmarks.gpu.linears {asked.path}",
+        "command": f"python -m benchmarks.gpu.linears {path}",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device if asked.smoke else torch.cuda.get_device_name(),
+        "device": device if smoke else torch.cuda.get_device_name(),
         "versions": versions(),
         "layers": [layer(name, shape, device) for name, shape in layers.items()],
-        "passes": passes(2**16 if asked.smoke else ELEMENTS, device),
+        "passes": passes(2**16 if smoke else ELEMENTS, device),
     }
-    asked.path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

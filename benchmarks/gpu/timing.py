@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 REPEATS = 20
+
+
+def asked(description: str | None) -> tuple[Path, str]:
+    """The file to write and the device: "cuda", or "cpu" with `--smoke`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="small, on a CPU")
+    given = parser.parse_args()
+    return given.path, "cpu" if given.smoke else "cuda"
 
 
 def milliseconds(run: Callable[[], Any], device: str) -> float:
