@@ -14,6 +14,7 @@ import numpy as np
 from accel import registry
 from accel.calibrate_profile import Profile
 from accel.calibrate_replay import Prediction, Replay, mean_prediction
+from accel.calibrate_variants import SLOTS, Variant, combinations, fits, variants
 from accel.method import AccelError, Method
 from accel.optimal_steps import best_steps, forecast_costs, solver_strides
 from accel.recipe import Recipe
@@ -101,23 +102,56 @@ def _off(candidate: Candidate, share: float) -> float:
 
 
 def candidates(profile: Profile) -> list[Candidate]:
-    """Schedules × forecasts × guidance policies, all predicted, cheapest first.
+    """Schedules × forecasts × guidance policies × kernels × stages, predicted, cheapest first.
 
-    Schedules are the best steps for a line, for a held residual and for a fitted sum by the Gram
-    matrix, and plain cycles; forecasts are the registry's linear ones and fitted sums.
+    Kernels and stages are those that saved time when they were probed. Schedules are the best
+    steps for a line, for a held residual and for a fitted sum by the Gram matrix, and plain cycles;
+    forecasts are the registry's linear ones and fitted sums.
     """
     found = replays(profile)
     guided = all(each.record.guided for each in found)
     policies = [(), *(((each,) for each in guidance_policies(profile)) if guided else ())]
     methods = ((cache, *policy) for cache in schedules(profile) for policy in policies)
-    alone = (policy for policy in policies if policy)
-    return sorted(_predicted(found, (*alone, *methods)), key=lambda each: each.prediction.seconds)
+    choices = list(combinations(variants(profile, found)))
+    every = [
+        Candidate((*each.methods, *(one.method for one in several)), _beside(each, several, found))
+        for each in _predicted(found, (*policies, *methods))
+        for several in choices
+        if all(fits(one, each.methods) for one in several) and (each.methods or several)
+    ]
+    return sorted(every, key=lambda each: each.prediction.seconds)
+
+
+def _beside(
+    candidate: Candidate, several: Sequence[Variant], found: Sequence[Replay]
+) -> Prediction:
+    prediction = candidate.prediction
+    for each in several:
+        prediction = each.beside(prediction, found)
+    return prediction
 
 
 def predicted(profile: Profile, key: str) -> Candidate:
     """The candidate of a key, for methods that `candidates` does not list."""
     methods = Recipe.model_validate_json(f'{{"entries": {key}}}').methods
-    return Candidate(methods, mean_prediction(replays(profile), *methods))
+    return _of_methods(profile, replays(profile), methods)
+
+
+def _of_methods(
+    profile: Profile, found: Sequence[Replay], methods: tuple[Method, ...]
+) -> Candidate:
+    """Kernels and stages by their probes, the others by replays."""
+    replayed, varied = split(methods)
+    alone = Candidate(replayed, mean_prediction(found, *replayed))
+    several = [each for each in variants(profile, found) if each.method in varied]
+    return Candidate(methods, _beside(alone, several, found))
+
+
+def split(methods: Iterable[Method]) -> tuple[tuple[Method, ...], tuple[Method, ...]]:
+    """Methods that replays predict, and kernels and stages."""
+    every = tuple(methods)
+    replayed = tuple(each for each in every if each.slot not in SLOTS)
+    return replayed, tuple(each for each in every if each.slot in SLOTS)
 
 
 def _predicted(
@@ -203,7 +237,7 @@ def refine(profile: Profile, candidate: Candidate, rounds: int = 40, seed: int =
         entries[step], entries[to] = 0, 1
         moved = replace(cache, schedule=tuple(entries))  # type: ignore[type-var]
         methods = (moved, *candidate.methods[1:])
-        prediction = mean_prediction(found, *methods)
-        if prediction.error < best.prediction.error:
-            best = Candidate(methods, prediction)
+        changed = _of_methods(profile, found, methods)
+        if changed.prediction.error < best.prediction.error:
+            best = changed
     return best

@@ -6,17 +6,19 @@ import hashlib
 import inspect
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from accel.calibrate_probe import Probe, key
 from accel.calibrate_record import SKETCH, Record, Recorder
-from accel.method import AccelError
+from accel.method import AccelError, Method
 from accel.patching import patched, unpatch
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ class PromptProfile:
 
     `seconds`: totals of the run, of the denoiser's calls and of the chain in them, without what
     recording took. `guidance` is the scale w of u + w·(c − u); `fingerprint` names the weights,
-    `prediction` what the denoiser predicts (see `StepClock`).
+    `prediction` what the denoiser predicts (see `StepClock`). `probes`: medians of what calls cost
+    and gave that were made in other ways; `measured`: variants with what they measured in the run,
+    as JSON (see `accel.calibrate_probe`).
     """
 
     fingerprint: str
@@ -51,6 +55,8 @@ class PromptProfile:
     log_snr: tuple[float, ...]
     seconds: Mapping[str, float]
     values: Mapping[str, Tensor]
+    probes: Mapping[str, Probe] = field(default_factory=dict)
+    measured: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -126,8 +132,8 @@ class PromptProfile:
                 values = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
             if about.pop("sketch") != SKETCH:
                 raise AccelError(f"profile {file}: sketches of another size; record it again")
-            for name in ("timesteps", "log_snr"):
-                about[name] = tuple(about[name])
+            for name in ("timesteps", "log_snr", "measured"):
+                about[name] = tuple(about.get(name, ()))
             return cls(**about, values=values)
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise AccelError(f"profile {file}: cannot be read ({error})") from error
@@ -155,6 +161,16 @@ class Profile:
     def fingerprint(self) -> str:
         """Names the weights that were recorded."""
         return self.prompts[0].fingerprint
+
+    @property
+    def probes(self) -> dict[str, Probe]:
+        """Of all prompts in which something was tried."""
+        return {name: each for prompt in self.prompts for name, each in prompt.probes.items()}
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Variants with what they measured, as JSON."""
+        return tuple(dict.fromkeys(each for prompt in self.prompts for each in prompt.measured))
 
     @classmethod
     def load(cls, *folders: str | Path) -> Profile:
@@ -205,15 +221,19 @@ def profile(
     call: Mapping[str, Any] | None = None,
     seeds: Sequence[int] | None = None,
     folder: str | Path | None = None,
+    variants: Sequence[Method] | None = None,
     run: Callable[[dict[str, Any], int], Any] | None = None,
 ) -> Profile:
     """Record one untouched run per prompt: what `accel.calibrate` and the fits start from.
 
     `call`: arguments of the pipeline's call. `seeds`: one a prompt, by default 0, 1, …. With a
     `folder` every prompt is written as it is done, and prompts that lie there are not run again;
-    folders from several machines may be merged by copying or by `Profile.load(a, b)`. `run(call,
-    seed)` makes the run when given. Holds `SKETCH` numbers a site, step and branch. The pipeline is
-    as before afterwards. Raises `AccelError` for no prompts, or files of another model.
+    folders from several machines may be merged by copying or by `Profile.load(a, b)`. `variants`:
+    methods such as `Attention(…)` and `Linear(…)` that are tried on a few calls of the first
+    prompt, as are smaller sizes; those that measure themselves do so during the second. None:
+    nothing is tried. `run(call, seed)` makes the run when given. Holds `SKETCH` numbers a site,
+    step and branch. The pipeline is as before afterwards. Raises `AccelError` for no prompts, or
+    files of another model.
     """
     texts = list(prompts)
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -225,18 +245,26 @@ def profile(
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
     found = []
-    for text, seed in zip(texts, numbers, strict=True):
+    for number, (text, seed) in enumerate(zip(texts, numbers, strict=True)):
         file = place / _file_name(text, seed) if place is not None else None
         if file is not None and file.exists():
             each = PromptProfile.load(file)
             if each.fingerprint != known:
                 raise AccelError(f"profile {file}: recorded with another model; use another folder")
         else:
-            each = _record(pipe, dict(call or {}) | {"prompt": text}, seed, known, run)
+            tried = [each for each in variants or () if _measures_itself(each) == (number == 1)]
+            probed = None if number or variants is None else tuple(tried)
+            watching = tuple(tried) if number == 1 else ()
+            made = dict(call or {}) | {"prompt": text}
+            each = _record(pipe, made, seed, known, Recorder(Record(), probed), watching, run)
             if file is not None:
                 each.save(file)
         found.append(each)
     return Profile(tuple(found))
+
+
+def _measures_itself(method: Method) -> bool:
+    return bool(getattr(method, "unmeasured", False))
 
 
 def _file_name(prompt: str, seed: int) -> str:
@@ -248,17 +276,20 @@ def _record(
     call: dict[str, Any],
     seed: int,
     known: str,
+    recorder: Recorder,
+    watching: tuple[Method, ...],
     run: Callable[[dict[str, Any], int], Any] | None,
 ) -> PromptProfile:
-    record = Record()
+    record = recorder.record
     unpatch(pipe)
     began = time.perf_counter()
-    with patched(pipe, Recorder(record)):
+    with patched(pipe, recorder, *watching) as patch:
         if run is not None:
             run(call, seed)
         else:
             pipe(**call, generator=torch.Generator().manual_seed(seed))
         total = time.perf_counter() - began
+        measured = patch.methods[1:]
     steps = len(record.values.get("prediction/cond", ()))
     if steps < 2:
         raise AccelError("accel.profile: the run made fewer than two denoiser steps")
@@ -281,6 +312,11 @@ def _record(
         log_snr=tuple(record.log_snr[-steps:]),
         seconds={**record.seconds, "run": total - record.seconds["recording"]},
         values=values,
+        probes={
+            name: (statistics.median(s for s, _ in seen), statistics.median(e for _, e in seen))
+            for name, seen in record.probes.items()
+        },
+        measured=tuple(key(each) for each in measured),
     )
 
 

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from accel.calibrate_probe import PLACES, Probe, probe
 from accel.family import Arguments
 from accel.guidance import is_doubled
 from accel.hooks import override
-from accel.method import AccelError, Handle
+from accel.method import AccelError, Handle, Method
 from accel.sublayer import Sublayer, sublayers
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Record:
     prediction: str = ""
     batched: bool = False
     """Whether both guidance branches rode in one call."""
+    probes: dict[str, list[Probe]] = field(default_factory=dict)
+    """What calls cost and gave that were made in other ways (see `accel.calibrate_probe`)."""
 
     def put(self, site: str, branch: str, value: Tensor) -> None:
         """The value of the next step."""
@@ -83,21 +86,25 @@ class Record:
 
 @dataclass(frozen=True)
 class Recorder:
-    """Attaches like a method, skips nothing, and fills `record`."""
+    """Attaches like a method, skips nothing, and fills `record`; `variants` are probed."""
 
     slot: ClassVar[str] = "record"
     trials: ClassVar[tuple[dict[str, Any], ...]] = ()
 
     record: Record
+    variants: tuple[Method, ...] | None = None
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """See every call of the denoiser, its blocks and their layers."""
-        return _Watch(denoiser, self.record).attach()
+        return _Watch(denoiser, self.record, self.variants).attach()
 
 
 class _Watch:
-    def __init__(self, denoiser: Denoiser, record: Record) -> None:
+    def __init__(
+        self, denoiser: Denoiser, record: Record, variants: tuple[Method, ...] | None
+    ) -> None:
         self.denoiser, self.record, self.sketch = denoiser, record, Sketcher()
+        self.variants, self.probing = variants, False
         self.step, self.calls = -1, 0
         self.branches: tuple[str, ...] = ()
         self.past: dict[str, Tensor] = {}
@@ -148,9 +155,27 @@ class _Watch:
         output = run(None, args, kwargs)
         self._spent("call", _now(latent) - began - (self.own - own))
         self._put("prediction", output[0])
+        places = {int(place * clock.total) for place in PLACES}
+        if self.variants is not None and self.calls == 1 and self.step in places:
+            self._probe(run, args, kwargs, self.variants)
         return output
 
+    def _probe(
+        self, run: Callable[..., Any], args: Any, kwargs: Any, variants: tuple[Method, ...]
+    ) -> None:
+        began = time.perf_counter()
+        self.probing = True
+        try:
+            found = probe(self.denoiser, run, args, kwargs, variants)
+        finally:
+            self.probing = False
+        for name, seen in found.items():
+            self.record.probes.setdefault(name, []).append(seen)
+        self._took(began)
+
     def block(self, index: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.probing:
+            return run(*args, **kwargs)
         chain = self.denoiser.chain
         arguments = chain.arguments(index, args, kwargs)
         before = chain.inputs(arguments)[0]
@@ -173,6 +198,8 @@ class _Watch:
 
     def layer(self, layer: Sublayer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = run(*args, **kwargs)
+        if self.probing:
+            return output
         hidden = output[0] if isinstance(output, tuple) else output
         self._put(f"layer.{layer.block}.{layer.kind}.{layer.name}", hidden)
         return output

@@ -73,6 +73,8 @@ class Replay:
 
         Raises `AccelError` as attaching to a model would.
         """
+        if not methods:
+            return Prediction(0.0, 1.0, self.record.seconds["run"], 1.0)
         handles: list[Handle] = []
         try:
             for method in methods:
@@ -96,6 +98,26 @@ class Replay:
             speedup=self.record.seconds["run"] / seconds,
             settled=settled,
         )
+
+    def undecided(self, step: int) -> float:
+        """How far the clean estimate before `step` is from the last one, as an error of that step.
+
+        √2 times: another noise decides it otherwise, as far from what it was.
+        """
+        last, fading = self.record.steps - 1, math.exp(-_EARLY * step / self.record.steps)
+        apart = self._clean(max(step - 1, 0)) - self._clean(last)
+        return math.sqrt(2) * fading * float(apart.norm()) / self.scale
+
+    def _clean(self, step: int) -> Tensor:
+        """The sketch of the data that a step's guided prediction speaks of."""
+        kind, ratio = self.record.prediction, math.exp(-self.record.log_snr[step])
+        latent, output = self.latents[step][0], self.guided[step]
+        if kind == "flow":
+            return latent - ratio / (1 + ratio) * output
+        signal = 1 / math.sqrt(1 + ratio**2)
+        if kind == "epsilon":
+            return latent / signal - ratio * output
+        return output if kind == "sample" else signal * latent - ratio * signal * output
 
     def largest_change(self, *methods: Method) -> float:
         """The farthest that a stand-in is from what its branch computed last; see `Guard`."""

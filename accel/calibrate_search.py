@@ -17,7 +17,7 @@ import numpy as np
 
 import accel
 from accel import calibrate_expect as expect
-from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays
+from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays, split
 from accel.calibrate_profile import Profile
 from accel.calibrate_target import Target
 from accel.calibrate_trials import Deadline, Trial, Trials, label, median
@@ -72,13 +72,13 @@ def calibrate(
 ) -> Calibration:
     """Search methods for a pipeline and write down what they were measured to give.
 
-    Up to three prompts are profiled; schedules × forecasts × guidance policies are predicted on
-    them (see `accel.calibrate_replay`); the most promising are really run, on more prompts as they
-    become fewer; the last are validated on up to four that took no part. Give `speedup` (at
-    least), `psnr` (dB that nine of ten prompts keep) or `quality` ("lossless", "balanced", "fast":
-    45, 30, 25 dB of the median prompt; by default "balanced"). One prompt gives a first recipe in
-    three generations, eight validate a front in forty. `budget`: minutes after which no new
-    candidate is tried.
+    Up to three prompts are profiled; schedules × forecasts × guidance policies × kernels × stages
+    are predicted on them (see `accel.calibrate_replay`, `accel.calibrate_variants`); the most
+    promising are really run, on more prompts as they become fewer; the last are validated on up to
+    four that took no part. Give `speedup` (at least), `psnr` (dB that nine of ten prompts keep) or
+    `quality` ("lossless", "balanced", "fast": 45, 30, 25 dB of the median prompt; by default
+    "balanced"). One prompt gives a first recipe in three generations, eight validate a front in
+    forty. `budget`: minutes after which no new candidate is tried.
 
     `folder` keeps every run: a killed calibration goes on from there, and one for another target
     adds its points to the front. `shard` (i, n) makes only the first rung's runs i, i + n, … into
@@ -269,7 +269,7 @@ class _Search:
     def _change(self, chosen: Sequence[Candidate]) -> float | None:
         """How far good stand-ins go, with a margin."""
         every = itertools.product(replays(self.profile), chosen)
-        largest = max(replay.largest_change(*each.methods) for replay, each in every)
+        largest = max(replay.largest_change(*split(each.methods)[0]) for replay, each in every)
         return round(_MARGIN * largest, 3) or None
 
     def _evidence(self, candidate: Candidate) -> dict[str, Any]:

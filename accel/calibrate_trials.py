@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from accel import generate, metrics
+from accel import calibrate_probe, generate, metrics
 from accel.calibrate_fit import Candidate
 from accel.calibrate_profile import Profile, fingerprint, profile, write_json
 from accel.method import AccelError
@@ -108,7 +108,14 @@ class Trials:
             self.references[seed] = (picture, seconds)
 
         place = None if self.folder is None else self.folder / "profile"
-        made = profile(self.pipe, self.prompts[:count], call=self.call, folder=place, run=run)
+        made = profile(
+            self.pipe,
+            self.prompts[:count],
+            call=self.call,
+            folder=place,
+            variants=calibrate_probe.variants(),
+            run=run,
+        )
         self.save()
         return made
 

@@ -78,6 +78,11 @@ class Attention:
                     f"{', '.join(KERNELS)}, not {kernels!r}"
                 )
 
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the first run measures a plan and stays exact."""
+        return self.kernel == "adaptive" and self.plan is None
+
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the processors of all attention layers whose name fits `layers`."""
         known = attention_layers(denoiser.module)
@@ -114,7 +119,7 @@ class _Installed:
 
     def settled(self) -> Attention:
         """The settings with the plan that was measured by now."""
-        if self.settings.kernel != "adaptive" or self.settings.plan is not None:
+        if not self.settings.unmeasured:
             return self.settings
         return replace(self.settings, plan=self._measured_plan())
 
