@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from accel import registry
+from accel.known_recipes import known_recipe
 from accel.method import AccelError, Method, is_number
-from accel.recipe import Recipe, Validity, beside
+from accel.recipe import Recipe, Validity
 
 logger = logging.getLogger(__name__)
 
@@ -31,9 +32,9 @@ def choose(
 ) -> Chosen:
     """Methods for a pipeline, and where they hold; everything is checked.
 
-    With `speedup` or `quality` the choice is made from the front of `recipe`, or of the recipe
-    beside the model; without a front `FitCache` gets a share of computation that would give the
-    speed-up, measures the model in its first run, and the quality is not known.
+    With `speedup` or `quality` the choice is made from the front of `recipe`, or of the one that
+    is known for the pipeline; without a front `FitCache` gets a share of computation that would
+    give the speed-up, measures the model in its first run, and the quality is not known.
     """
     if methods and (recipe is not None or speedup is not None or quality is not None):
         raise AccelError("accel.patch: give methods, or a recipe, speedup or quality, not both")
@@ -41,7 +42,7 @@ def choose(
         raise AccelError("accel.patch: give speedup or quality, not both")
     if methods:
         return methods, Validity()
-    found = beside(pipe) if recipe is None else Recipe.read(recipe)
+    found = known_recipe(pipe) if recipe is None else Recipe.read(recipe)
     if speedup is not None or quality is not None:
         return _for_target(found, speedup, quality)
     if found is not None:

@@ -54,6 +54,7 @@ class Patch:
         self._lock = threading.RLock()
         self._undo: list[Callable[[], None]] = []
         self._handles: list[tuple[Method, list[Handle]]] = []
+        self._beside: list[Handle] = []
         self._scheduler: Any = None
         self._running = False
         self._denoisers = _denoisers(pipe, self._clock)
@@ -133,8 +134,18 @@ class Patch:
             self._handles.append((method, handles))
             for denoiser in self._denoisers:
                 handles.append(method.attach(denoiser))
+        if self._budget is None and all(method.slot != "text" for method in methods):
+            self._beside = [*self._exact_beside()]
+
+    def _exact_beside(self) -> Iterator[Handle]:
+        """What costs no quality goes beside any method, on the denoisers that it is for."""
+        for denoiser in self._denoisers:
+            with contextlib.suppress(AccelError):
+                yield registry.method("textcache")().attach(denoiser)
 
     def _detach_methods(self) -> None:
+        Handle.together(self._beside).remove()
+        self._beside = []
         for _, handles in reversed(self._handles):
             for handle in handles:
                 handle.remove()
@@ -271,8 +282,8 @@ def patch(
 
     `methods` are settings objects such as `MagCache()`; or give a `recipe` (a path, a dict, a
     `Recipe`, or "published:NAME" for settings that a method's authors published). With neither, the
-    recipe that lies beside the model's weights is used, or else `EasyCache()`, which needs no
-    knowledge of the model.
+    recipe that lies beside the model's weights is used, or one that is known for them or for a
+    pipeline of this class and size, or else `EasyCache()`, which needs no knowledge of the model.
 
     `speedup` (a number above 1) or `quality` ("lossless", "balanced" or "fast": 45, 30 or 25 dB of
     median PSNR) choose among what calibration measured; without a calibration, `FitCache` measures
@@ -283,6 +294,9 @@ def patch(
     `guard` looks at each prediction that was not computed and computes the step when it is not
     finite or drifted off (one host transfer a call): farther from the branch's last computed one
     than its own size, or than a calibrated recipe saw good ones go. `strict` raises `AccelError`.
+
+    Keys and values of a prompt that cross-attention would compute anew at every step are computed
+    once a run (`TextCache`, bit for bit the same), unless `memory` is given.
 
     Patching again replaces. Only this pipeline's objects are changed, never classes; on an error
     the pipeline is as before.

@@ -202,14 +202,6 @@ def _published() -> dict[str, dict[str, Any]]:
     return found
 
 
-def beside(pipe: Any) -> Recipe | None:
-    """The recipe that lies in the folder the pipeline was loaded from, if any."""
-    origin = getattr(pipe, "config", {}).get("_name_or_path") if hasattr(pipe, "config") else None
-    if not isinstance(origin, str | os.PathLike) or not (Path(origin) / FILE_NAME).is_file():
-        return None
-    return Recipe.load(Path(origin) / FILE_NAME)
-
-
 def _methods(entries: tuple[_Entry, ...]) -> tuple[Method, ...]:
     return tuple(_build(registry.method(entry.name), entry.settings) for entry in entries)
 

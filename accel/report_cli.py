@@ -25,7 +25,8 @@ def report(
     """Write one HTML page: speed, quality, what was computed, pictures side by side."""
     from accel import generate, html_report
     from accel.choosing import choose
-    from accel.recipe import Recipe, beside
+    from accel.known_recipes import known_recipe
+    from accel.recipe import Recipe
 
     pipe, call, _ = generate.load(generate.Job(model=model, prompt=prompt[0], steps=steps))
     methods = generate.methods(method or [], {}, None)
@@ -33,7 +34,7 @@ def report(
     settled, used = generate.settle(
         pipe, chosen, lambda: generate.make(pipe, call | {"prompt": prompt[0]}, 0)
     )
-    known = Recipe.load(recipe) if recipe else beside(pipe)
+    known = Recipe.load(recipe) if recipe else known_recipe(pipe)
     if known is not None and not methods:
         used = used.model_copy(update={"front": known.front, "measured": known.measured})
     runs = html_report.measure(pipe, call, prompt, settled)

@@ -15,10 +15,11 @@ class SimilarityFilter:
     """Skip a frame with probability max(0, (S − η)/(1 − η)).
 
     Kodaira et al., "StreamDiffusion", ICCV 2025, §3.4. S is the cosine similarity of a frame and
-    the last one that was processed, η `threshold`; 1 switches the filter off. After `most`
-    consecutive skips a frame is processed. Differs from the reference: the count of skips begins
-    anew at every processed frame, not at forced ones only; and nothing sleeps, the source sets the
-    pace.
+    the last one that was processed, each less its mean; η `threshold`; 1 switches the filter off.
+    After `most` consecutive skips a frame is processed. Differs from the reference: the mean is
+    taken off, because brightness alone makes any two frames alike (a square of an eighth of the
+    picture may cross it at S > 0.98); the count of skips begins anew at every processed frame, not
+    at forced ones only; and nothing sleeps, the source sets the pace.
     """
 
     threshold: float = 0.98
@@ -36,10 +37,16 @@ class SimilarityFilter:
         """Whether to leave out `frame` (any shape, values in [0, 1])."""
         flat = frame.detach().float().flatten().cpu()
         if self._last is not None and self.threshold < 1 and self._skipped < self.most:
-            similarity = float(torch.cosine_similarity(flat, self._last, dim=0))
+            similarity = _likeness(flat, self._last)
             chance = (similarity - self.threshold) / (1 - self.threshold)
             if chance > 0 and float(torch.rand((), generator=self._generator)) <= chance:
                 self._skipped += 1
                 return True
         self._last, self._skipped = flat, 0
         return False
+
+
+def _likeness(frame: Tensor, last: Tensor) -> float:
+    if torch.equal(frame, last):
+        return 1.0
+    return float(torch.cosine_similarity(frame - frame.mean(), last - last.mean(), dim=0))

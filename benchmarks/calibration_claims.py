@@ -96,7 +96,6 @@ def main() -> None:
     result: dict[str, Any] = {
         "command": " ".join(["python", "-m", "benchmarks.calibration_claims", *sys.argv[1:]]),
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "note": "other jobs ran beside; speed-ups are ratios within one prompt",
         "versions": {each: importlib.metadata.version(each) for each in ("torch", "diffusers")},
         "model": name,
         "targets": {},

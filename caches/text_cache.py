@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from accel.denoiser import Denoiser
 from accel.hooks import override
 from accel.method import Handle
@@ -26,10 +28,10 @@ class TextCache:
     Keys and values of cross-attention, and the projection of the text before the blocks, are
     repeated while their input is the very same unchanged memory (inference mode does not tell
     whether it is, and repeats nothing). Combines with every other method. Not for joint attention,
-    where the text changes from block to block. Holds two tensors of the text's length a block and
-    branch, which for large models (Wan 14B: 0.4 GB a branch) costs more than it saves; it pays
-    where text is long beside the picture. Leave it out under `torch.compile`: compiled blocks
-    would break their graph at each projection.
+    where the text changes from block to block. `accel.patch` attaches it beside any other method,
+    unless a `memory` budget is given: it holds two tensors of the text's length a block and branch
+    (Wan 14B: 0.4 GB a branch, beside 28 GB of weights). In blocks under `torch.compile` it does
+    nothing and breaks no graph.
     """
 
     slot: ClassVar[str] = "text"
@@ -40,7 +42,14 @@ class TextCache:
         layers = cross_attention(denoiser, "TextCache")
         modules = [*_projections(denoiser.module)]
         modules += [part for each in layers for part in _keys_and_values(each.modules[0])]
-        return Handle.together([denoiser.follow(partial(_memoise, denoiser, m)) for m in modules])
+        handles: list[Handle] = []
+        try:
+            for module in modules:
+                handles.append(denoiser.follow(partial(_memoise, denoiser, module)))
+        except BaseException:
+            Handle.together(handles).remove()
+            raise
+        return Handle.together(handles)
 
 
 def _projections(module: Any) -> Iterator[Any]:
@@ -53,34 +62,56 @@ def _projections(module: Any) -> Iterator[Any]:
 
 
 def _keys_and_values(attention: Any) -> Iterator[Any]:
+    """Below LoRA's layers, whose own share depends on the adapters of the moment."""
     for name in ("to_k", "to_v"):
         part = getattr(attention, name, None)
         if part is not None:
-            yield part
+            yield getattr(part, "base_layer", part)
+
+
+class _Memory:
+    """Repeats a module's output while module and input are as they were."""
+
+    def __init__(self, denoiser: Denoiser, module: Any) -> None:
+        self.denoiser, self.module = denoiser, module
+        self.known: list[tuple[Tensor, tuple[int, ...], Any]] = []
+        self.helps = False
+
+    def forget(self) -> None:
+        """A run is over."""
+        self.known.clear()
+        self.helps = False
+
+    def call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The module is called."""
+        if torch.compiler.is_compiling() or self.denoiser.forward is None:
+            return original(*args, **kwargs)
+        if len(args) != 1 or kwargs or args[0].is_inference():
+            return original(*args, **kwargs)
+        (text,) = args
+        weight = getattr(self.module, "weight", None)
+        version = (text._version, id(weight), 0 if weight is None else weight._version)
+        for seen, then, output in self.known:
+            if then == version and _same_memory(seen, text):
+                self.helps = True
+                return output
+        output = original(text)
+        if len(self.known) == BRANCHES and not self.helps:  # another text at every call
+            return output
+        if not getattr(output, "requires_grad", False):
+            self.known.append((text, version, output))
+            del self.known[:-BRANCHES]
+        return output
 
 
 def _memoise(denoiser: Denoiser, module: Any) -> Callable[[], None]:
     """Repeat a module's output while it gets the same tensor; returns the undo."""
-    known: list[tuple[Tensor, int, Any]] = []
-
-    def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if denoiser.forward is None or len(args) != 1 or kwargs or args[0].is_inference():
-            return original(*args, **kwargs)
-        (text,) = args
-        for seen, version, output in known:
-            if version == text._version and _same_memory(seen, text):
-                return output
-        version, output = text._version, original(text)
-        if not getattr(output, "requires_grad", False):
-            known.append((text, version, output))
-            del known[:-BRANCHES]
-        return output
-
-    denoiser.forgetting.append(known.clear)
-    undo = override(module, {"__call__": call})
+    memory = _Memory(denoiser, module)
+    undo = override(module, {"__call__": memory.call})
+    denoiser.forgetting.append(memory.forget)
 
     def remove() -> None:
-        denoiser.forgetting.remove(known.clear)
+        denoiser.forgetting.remove(memory.forget)
         undo()
 
     return remove

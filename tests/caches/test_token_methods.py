@@ -1,11 +1,11 @@
-"""Methods that choose tokens: ToCa, ClusCa, Token Merging; and the text cache."""
+"""Methods that choose tokens: ToCa, ClusCa, Token Merging."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from contract_cases import context_at
-from tiny_pipelines import TINY, built, run
+from tiny_pipelines import built, run
 
 import accel
 from accel.caches.clus_ca import _Clusters
@@ -183,33 +183,3 @@ def test_merging_combines_with_a_cache_of_blocks() -> None:
         assert 0.4 < handle.report().share_computed < 0.6
     with accel.patched(tiny.pipe, methods[0]):
         assert not torch.equal(run(tiny), both)
-
-
-@pytest.mark.parametrize("family", CROSS)
-def test_the_text_cache_is_exact_and_computes_once(family) -> None:
-    tiny, baseline = built(family)
-    module = getattr(tiny.pipe, "transformer", None) or tiny.pipe.unet
-    attention = next(m for n, m in module.named_modules() if n.endswith("attn2"))
-    calls: list[int] = []
-    hook = attention.to_k.register_forward_hook(lambda *_: calls.append(1))
-    run(tiny)
-    before = len(calls)
-    calls.clear()
-    with accel.patched(tiny.pipe, accel.TextCache()):
-        assert torch.equal(run(tiny), baseline)
-        assert torch.equal(run(tiny, prompt="zebra"), fresh(family, prompt="zebra"))
-    hook.remove()
-    if family != "latte":  # which repeats the text for each frame anew
-        assert len(calls) < before
-    assert torch.equal(run(tiny), baseline)
-
-
-def fresh(family: str, **changes) -> torch.Tensor:
-    return run(TINY[family](), **changes)
-
-
-@pytest.mark.parametrize("family", ["flux", "sd3", "dit"])
-def test_the_text_cache_is_refused_without_cross_attention(family) -> None:
-    tiny, _ = built(family)
-    with pytest.raises(accel.AccelError, match="cross-attention"):
-        accel.patch(tiny.pipe, accel.TextCache())
