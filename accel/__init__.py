@@ -79,6 +79,7 @@ __all__ = [
     "GuidanceInterval",
     "HiCache",
     "HoldResidual",
+    "LSSGen",
     "Linear",
     "LinearAG",
     "MagCache",

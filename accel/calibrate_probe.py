@@ -43,6 +43,7 @@ def variants() -> list[Method]:
     attention, linear = registry.method("attention"), registry.method("linear")
     kernels = ("auto", "sage_int8", "sage_int8_fp8", "adaptive")
     several: list[Method] = [attention(kernel=name) for name in kernels]
+    several += [registry.method(name)() for name in ("nabla", "spargeattention")]
     return [*several, *(linear(format=name) for name in ("w8a8", "fp8"))]
 
 

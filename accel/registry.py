@@ -59,6 +59,7 @@ METHODS: dict[str, str] = {
     "principalattention": "accel.kernels.principal_attention:PrincipalAttention",
     "bottlenecksampling": "accel.samplers.bottleneck_sampling:BottleneckSampling",
     "progressive": "accel.samplers.progressive:Progressive",
+    "lssgen": "accel.samplers.lssgen:LSSGen",
     "ralu": "accel.samplers.ralu:RALU",
     "vgdfr": "accel.samplers.vgdfr:VGDFR",
 }

@@ -1,7 +1,9 @@
 """Staged samplers on the zoo: speed, formula scores and distances to the untouched run.
 
     python -m benchmarks.staged emoji-image --num-prompts 16
+    python -m benchmarks.staged emoji-unet --num-prompts 16
     python -m benchmarks.staged emoji-video --num-prompts 16
+    python -m benchmarks.staged emoji-image --num-prompts 16 --rows LSSGen Progressive
     python -m benchmarks.staged --maps docs/ralu-regions.png
 
 For each prompt all rows run in turn. Speed-up is untouched CPU seconds (one thread) over a row's,
@@ -28,6 +30,7 @@ from torch import Generator, Tensor
 
 import accel
 from accel import metrics, model_zoo
+from accel.latent_upsampler import LatentUpsampler
 from accel.samplers import ralu
 from demos.zoo import data
 from demos.zoo import evaluate as judging
@@ -44,7 +47,25 @@ PLAN: dict[str, Any] = {
 LATE = {**PLAN, "ratio": 0.0, "shares": (0.25, 0.2, 0.55)}
 CYCLE = accel.PlainCycle(interval=2, warmup=1, reuse=accel.Newton(order=1))
 BOTTLENECK = {"shares": (0.1, 0.4, 0.5), "up": 8.0, "positions": "spread"}
+UNTRAINED = Path("out/untrained-upsampler")
+UPSAMPLED: dict[str, tuple[int, tuple[Any, ...]]] = {
+    "untouched, 20 steps": (20, ()),
+    "Progressive": (
+        28,
+        (accel.Progressive(shares=(0.4, 0.6), renoise=2.0, positions="spread"),),
+    ),
+    "LSSGen": (28, (accel.LSSGen(positions="spread"),)),
+    "LSSGen, bilinear": (28, (accel.LSSGen(positions="spread", upsampler=str(UNTRAINED)),)),
+    "LSSGen(start=0.5)": (28, (accel.LSSGen(positions="spread", start=0.5),)),
+    "LSSGen(start=0.5), bilinear": (
+        28,
+        (accel.LSSGen(positions="spread", start=0.5, upsampler=str(UNTRAINED)),),
+    ),
+}
+"""LSSGen beside Progressive with the same shares; with flow matching both begin the full size at
+about one level (σ 0.86), unless `start` is given."""
 ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
+    "emoji-unet": {"untouched": (50, ()), **UPSAMPLED},
     "emoji-image": {
         "untouched": (50, ()),
         "untouched, 25 steps": (25, ()),
@@ -53,6 +74,7 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
         "RALU, random regions": (28, (accel.RALU(**PLAN, regions="random"),)),
         "RALU, all late": (28, (accel.RALU(**LATE),)),
         "RALU and PlainCycle": (28, (accel.RALU(**PLAN), CYCLE)),
+        **UPSAMPLED,
     },
     "emoji-video": {
         "untouched": (50, ()),
@@ -62,6 +84,7 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
             50,
             (accel.VGDFR(keep=0.6, tail=0, global_layers="all"),),
         ),
+        **UPSAMPLED,
     },
 }
 
@@ -75,13 +98,16 @@ def clip(pipe: Any, call: dict[str, Any], caption: str, seed: int) -> Tensor:
     return made.permute(0, 3, 1, 2)
 
 
-def measured(model: str, captions: list[str]) -> dict[str, dict[str, Any]]:
-    """Clips and CPU seconds of every row."""
+def measured(model: str, names: list[str], captions: list[str]) -> dict[str, dict[str, Any]]:
+    """Clips and CPU seconds of rows."""
     pipe, call, _ = model_zoo.load(model)
-    rows: dict[str, dict[str, Any]] = {name: {"clips": [], "seconds": []} for name in ROWS[model]}
+    trained = LatentUpsampler.load(model_zoo.path(model) / "adapters" / "lssgen")
+    LatentUpsampler(trained.config).save(UNTRAINED, {"steps": 0})  # the bilinear resize
+    rows: dict[str, dict[str, Any]] = {name: {"clips": [], "seconds": []} for name in names}
     clip(pipe, {**call, "num_inference_steps": 4}, captions[0], 0)
     for seed, caption in enumerate(captions):
-        for name, (steps, methods) in ROWS[model].items():
+        for name in names:
+            steps, methods = ROWS[model][name]
             if methods:
                 accel.patch(pipe, *methods)
             began = time.process_time()
@@ -155,6 +181,15 @@ def maps(target: Path, count: int = 6) -> None:
     Image.fromarray(pixels).save(target)
 
 
+def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """An earlier run of all rows with some of them measured again or added."""
+    if old is None or any(old[each] != new[each] for each in ("prompts", "versions", "machine")):
+        raise SystemExit("--rows: the result file has no run of these prompts and versions")
+    again = [row for row in new["rows"] if row["row"] != "untouched"]
+    names = [row["row"] for row in again]
+    return {**old, "rows": [row for row in old["rows"] if row["row"] not in names] + again}
+
+
 def _captions(model: str, part: Any) -> list[str]:
     lines = model_zoo.prompts(model, part).read_text(encoding="utf-8").splitlines()
     return [line for line in lines if line]
@@ -166,6 +201,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", choices=list(ROWS))
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--part", default="final", choices=["heldout", "final"])
+    parser.add_argument("--rows", nargs="+", help="of the model, beside untouched; all if left out")
     parser.add_argument("--maps", type=Path)
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     given = parser.parse_args()
@@ -175,15 +211,17 @@ def main() -> None:
     if given.model is None:
         return
     captions = _captions(given.model, given.part)[: given.num_prompts]
-    rows = judged(given.model, captions, measured(given.model, captions))
-    old = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
-    old["runs"][given.model] = {
+    names = ["untouched", *given.rows] if given.rows else list(ROWS[given.model])
+    rows = judged(given.model, captions, measured(given.model, names, captions))
+    run = {
         "command": " ".join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
         "prompts": f"{given.part}, the first {len(captions)}",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "machine": f"{platform.machine()} CPU, one thread, other jobs beside",
         "rows": rows,
     }
+    old = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
+    old["runs"][given.model] = merged(old["runs"].get(given.model), run) if given.rows else run
     given.output.write_text(json.dumps(old, indent=1) + "\n")
     for row in rows:
         print(json.dumps(row))

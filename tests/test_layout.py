@@ -19,11 +19,11 @@ CONTRACTS = {
     *("block_calls", "geometry", "guard", "guidance", "adapters", "model_calls", "sublayer"),
     *("memory_budget", "optimal_steps", "similarity_filter", "stream_batch", "stream_session"),
     *("layout", "noise_levels", "staging", "transitions", "stages", "crossing"),
-    *("staged_scheduler", "text_bias", "attention_calls"),
+    *("staged_scheduler", "text_bias", "attention_calls", "latent_upsampler"),
 }
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),
-    "accel.caches.products",
+    *("accel.caches.products", "accel.samplers.vgdfr"),
 }
 TENSOR_FUNCTIONS = {"accel.kernels.relative_l1", "accel.kernels.weighted_sum"}
 """Kernels that everybody may call: they know tensors and nothing else."""
