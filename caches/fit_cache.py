@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from accel.caches.approximators import Newton, combine
+from accel.caches.approximators import Newton
+from accel.caches.histories import combine
 from accel.caches.products import Compute, Products
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser

@@ -23,7 +23,7 @@ CONTRACTS = {
 }
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),
-    *("accel.caches.products", "accel.samplers.vgdfr"),
+    *("accel.caches.histories", "accel.caches.products", "accel.samplers.vgdfr"),
 }
 TENSOR_FUNCTIONS = {"accel.kernels.relative_l1", "accel.kernels.weighted_sum"}
 """Kernels that everybody may call: they know tensors and nothing else."""
