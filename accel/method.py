@@ -62,7 +62,8 @@ class Method(Protocol):
     """A published way to be faster: a frozen dataclass of settings that can attach itself.
 
     `slot` names what the method changes; two methods of one slot cannot share a pipeline.
-    `trials` are the settings that benchmarks and calibration try, mild to strong.
+    `trials` are the settings that benchmarks and calibration try, mild to strong. Optional: `files`
+    and `folders`, settings that name such; see `accel.recipe_tensors`.
     """
 
     slot: ClassVar[str]

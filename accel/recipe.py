@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import accel
-from accel import registry
+from accel import recipe_tensors, registry
 from accel.method import AccelError, Method
 
 FILE_NAME = "accel_recipe.json"
@@ -96,6 +96,8 @@ class Recipe(BaseModel):
     entries: tuple[_Entry, ...]
     front: tuple[Choice, ...] = ()
     measured: tuple[dict[str, Any], ...] = ()
+    tensors: dict[str, str] = {}
+    """Safetensors files beside the recipe's own, with their SHA-256."""
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -143,7 +145,7 @@ class Recipe(BaseModel):
             raise AccelError(f"recipe {file}: cannot be read ({error.strerror})") from error
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise AccelError(f"recipe {file}: not UTF-8 JSON ({error})") from error
-        return cls.read(content, str(file))
+        return recipe_tensors.unpack(cls.read(content, str(file)), file)
 
     @classmethod
     def read(cls, source: Recipe | Mapping[str, Any] | str | Path, name: str = "recipe") -> Recipe:
@@ -166,11 +168,16 @@ class Recipe(BaseModel):
         return recipe
 
     def save(self, path: str | Path) -> None:
-        """Write the file in one piece: it is either whole or not there."""
+        """Write the file in one piece: it is either whole or not there.
+
+        Tensors that settings name are copied beside it. Raises `AccelError` for a setting that
+        names a folder.
+        """
         file = Path(path)
+        content = recipe_tensors.pack(self, file).model_dump_json(indent=2)
         part = file.with_name(file.name + ".part")
         with part.open("w", encoding="utf-8") as out:
-            out.write(_one_line_a_row(self.model_dump_json(indent=2)) + "\n")
+            out.write(_one_line_a_row(content) + "\n")
             out.flush()
             os.fsync(out.fileno())
         part.replace(file)

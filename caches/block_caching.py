@@ -42,6 +42,7 @@ class BlockCaching:
     """
 
     slot: ClassVar[str] = "stack"
+    files: ClassVar[tuple[str, ...]] = ("adjustment",)
     trials: ClassVar[tuple[dict[str, Any], ...]] = (
         {"threshold": 0.1},
         {"threshold": 0.2},

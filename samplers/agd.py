@@ -36,6 +36,7 @@ class AGD:
     """
 
     slot: ClassVar[str] = "guidance"
+    folders: ClassVar[tuple[str, ...]] = ("adapters",)
     trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     adapters: str | None = None

@@ -44,6 +44,7 @@ class LSSGen:
     """
 
     slot: ClassVar[str] = "size"
+    folders: ClassVar[tuple[str, ...]] = ("upsampler",)
     trials: ClassVar[tuple[dict[str, Any], ...]] = (
         {"shares": (0.25, 0.75)},
         {},

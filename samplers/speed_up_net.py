@@ -48,6 +48,7 @@ class SpeedUpNet:
     """
 
     slot: ClassVar[str] = "guidance"
+    files: ClassVar[tuple[str, ...]] = ("path",)
     trials: ClassVar[tuple[dict[str, Any], ...]] = ({},)
 
     path: str | None = None

@@ -103,3 +103,45 @@ def test_an_unknown_published_name_lists_the_known_ones() -> None:
     tiny, _ = built("wan21")
     with pytest.raises(accel.AccelError, match="magcache/qwen-image"):
         accel.patch(tiny.pipe, recipe="published:nothing")
+
+
+def test_tensors_travel_with_a_recipe(tmp_path) -> None:
+    tiny, baseline = built("dit")
+    method = accel.BlockCaching(threshold=2.0, adjustment=str(tmp_path / "fitted.safetensors"))
+    with accel.patched(tiny.pipe, method) as handle:
+        for _ in range(3):
+            wanted = run(tiny)
+        (tmp_path / "one").mkdir()
+        handle.recipe().save(tmp_path / "one" / "recipe.json")
+    assert not torch.equal(wanted, baseline)
+    (tmp_path / "one").rename(tmp_path / "two")
+    (tmp_path / "fitted.safetensors").unlink()
+    content = json.loads((tmp_path / "two" / "recipe.json").read_text())
+    (name,) = content["tensors"]
+    assert content["entries"][0]["settings"]["adjustment"] == name
+    with accel.patched(tiny.pipe, recipe=tmp_path / "two" / "recipe.json"):
+        assert torch.equal(run(tiny), wanted)
+
+    file = tmp_path / "two" / name
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(accel.AccelError, match="not the file that it was saved with"):
+        Recipe.load(tmp_path / "two" / "recipe.json")
+    file.unlink()
+    with pytest.raises(accel.AccelError, match="missing beside it"):
+        Recipe.load(tmp_path / "two" / "recipe.json")
+    for path in ("../x.safetensors", "/etc/passwd", "other.safetensors"):
+        content["entries"][0]["settings"]["adjustment"] = path
+        (tmp_path / "bad.json").write_text(json.dumps(content))
+        with pytest.raises(accel.AccelError, match="none of its tensors"):
+            Recipe.load(tmp_path / "bad.json")
+
+
+def test_a_recipe_file_names_no_folder(tmp_path) -> None:
+    recipe = Recipe.of((accel.AGD(adapters=str(tmp_path)),))
+    with pytest.raises(accel.AccelError, match="holds no paths"):
+        recipe.save(tmp_path / "recipe.json")
+    assert not (tmp_path / "recipe.json").exists()
+    text = '{"entries": [{"name": "AGD", "settings": {"adapters": "/x"}}]}'
+    (tmp_path / "recipe.json").write_text(text)
+    with pytest.raises(accel.AccelError, match="holds no paths"):
+        Recipe.load(tmp_path / "recipe.json")
