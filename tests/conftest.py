@@ -49,6 +49,19 @@ def video(tmp_path):
     return file
 
 
+def pytest_sessionfinish(session) -> None:
+    """A worker of pytest-xdist hands its cells of the matrix over."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["matrix"] = [[*place, cell] for place, cell in MATRIX.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    cells = getattr(node, "workeroutput", {}).get("matrix", ())
+    MATRIX.update({(method, family): cell for method, family, cell in cells})
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if not MATRIX:
         return
