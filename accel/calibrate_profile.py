@@ -18,6 +18,7 @@ import torch
 
 from accel.calibrate_probe import Probe, key
 from accel.calibrate_record import SKETCH, Record, Recorder
+from accel.fingerprint import denoiser, fingerprint
 from accel.method import AccelError, Method
 from accel.patching import patched, unpatch
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIX = ".profile.safetensors"
-_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -189,29 +189,6 @@ class Profile:
                 f"this profile was recorded with another model: {self.fingerprint}, and the "
                 f"pipeline has {found}; run accel.profile with this pipeline"
             )
-
-
-def fingerprint(pipe: Any) -> str:
-    """The denoiser's class and a digest of its parameters' names, shapes and sampled values."""
-    module = denoiser(pipe)
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        flat = value.detach().flatten()
-        sample = flat[:: max(len(flat) // _SAMPLES, 1)][:_SAMPLES].float().cpu()
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return f"{type(module).__name__}:{digest.hexdigest()[:16]}"
-
-
-def denoiser(pipe: Any) -> Any:
-    """The pipeline's one denoiser; two experts in turn cannot be profiled."""
-    found = [getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
-    modules = [module for module in found if module is not None]
-    if len(modules) != 1:
-        raise AccelError(
-            f"profiles are of pipelines with one denoiser; {type(pipe).__name__} has {len(modules)}"
-        )
-    return modules[0]
 
 
 def profile(

@@ -15,7 +15,8 @@ import torch
 
 from accel import calibrate_probe, generate, metrics
 from accel.calibrate_fit import Candidate
-from accel.calibrate_profile import Profile, fingerprint, profile, write_json
+from accel.calibrate_profile import Profile, profile, write_json
+from accel.fingerprint import fingerprint
 from accel.method import AccelError
 from accel.patching import patched, stats, unpatch
 

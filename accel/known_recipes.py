@@ -10,6 +10,7 @@ from typing import Any
 
 import accel
 from accel import model_zoo
+from accel.fingerprint import denoiser, fingerprint
 from accel.method import AccelError
 from accel.recipe import FILE_NAME, PUBLISHED, Recipe
 
@@ -36,8 +37,6 @@ def _beside(pipe: Any) -> Recipe | None:
 
 
 def _shipped(pipe: Any) -> Recipe | None:
-    from accel.calibrate_profile import denoiser, fingerprint
-
     files = [file for name in _zoo() if (file := model_zoo.path(name) / FILE_NAME).is_file()]
     try:
         module = denoiser(pipe)

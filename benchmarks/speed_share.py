@@ -22,7 +22,8 @@ import torch
 
 import accel
 from accel import generate, model_zoo
-from accel.calibrate_profile import denoiser, write_json
+from accel.calibrate_profile import write_json
+from accel.fingerprint import denoiser
 
 SHARES = (0.5, 0.4, 0.3, 0.2, 0.12)
 
