@@ -21,6 +21,7 @@ PROMPTS = ["a cat", "a dog", "a cow", "a fox"]
 @pytest.fixture
 def _few_candidates(monkeypatch) -> None:
     monkeypatch.setattr(calibrate_fit, "_SHARES", (0.7, 0.5, 0.25))
+    monkeypatch.setattr(calibrate_fit, "_FINE", ())
     monkeypatch.setattr(calibrate_fit, "_GUIDANCE", ((3, 0.1),))
     monkeypatch.setattr(calibrate_fit, "_INTERVALS", (2, 3))
 

@@ -91,6 +91,7 @@ def test_what_saves_nothing_is_no_candidate(wan) -> None:
 
 def test_candidates_have_kernels_and_stages_beside_caches(wan, monkeypatch) -> None:
     monkeypatch.setattr(calibrate_fit, "_SHARES", (0.5,))
+    monkeypatch.setattr(calibrate_fit, "_FINE", ())
     monkeypatch.setattr(calibrate_fit, "_GUIDANCE", ())
     monkeypatch.setattr(calibrate_fit, "_INTERVALS", (2,))
     found = candidates(with_probes(wan, linear=(0.5, 0.02), half=(0.3, 0.9)))
