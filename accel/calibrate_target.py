@@ -12,6 +12,8 @@ from accel.method import AccelError, is_number
 
 _SPREAD = 1.3
 """Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
+_ENOUGH = 0.97
+"""Of a wanted speed-up: what counts as reached, because pairs of runs differ by as much."""
 _UNKNOWN_SPREAD = 3.0
 """dB, while there is one run alone."""
 
@@ -58,5 +60,5 @@ class Target:
         if self.speedup is None:
             reached = psnr >= (self.psnr or 0)
             return (reached, speedup if reached else psnr)
-        reached = speedup >= self.speedup
+        reached = speedup >= _ENOUGH * self.speedup
         return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
