@@ -127,6 +127,7 @@ def test_targets_count_the_median_or_nine_of_ten() -> None:
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
     assert wanted.score(3.1, 31) > wanted.score(3.1, 30)
     assert wanted.score(5.0, 40) > wanted.score(3.1, 30)  # "at least": better in both
+    assert wanted.score(2.95, 50) > wanted.score(3.5, 40) > wanted.score(2.8, 60)  # nearly counts
 
 
 @pytest.fixture(scope="module")
