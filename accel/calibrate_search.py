@@ -115,6 +115,7 @@ class _Search:
         self.all += [predicted(self.profile, key) for key in trials.found if key not in known]
 
     def run(self, shard: tuple[int, int] | None) -> Calibration:
+        known = self.trials.begun.setdefault(repr(self.target), len(self._tried()))
         spread = self._spread(FIRST // 2)
         if len(self.trials.prompts) == 1:
             spread = [self._most_promising(self.all)]
@@ -125,7 +126,8 @@ class _Search:
                 self.trials.run(candidate, self.first)
         if shard is not None:
             return self._result(self._tried())
-        self._guided_runs(2 if len(self.trials.prompts) == 1 else FIRST)
+        few = len(self.trials.prompts) == 1
+        self._guided_runs(2 if few else max(FIRST, known + FIRST // 2))
         return self._checked(self._result(self._finals()))
 
     def _oddness(self, prompt: int) -> float:

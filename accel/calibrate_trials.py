@@ -62,6 +62,8 @@ class Trials:
         self.folder, self.say = folder, say
         self.found: dict[str, list[Trial]] = {}
         self.generations = 0
+        self.begun: dict[str, int] = {}
+        """Targets of this folder, with the number of candidates tried before each."""
         self.references: dict[int, tuple[NDArray[np.uint8], float]] = {}
         self.about = {
             "fingerprint": fingerprint(pipe),
@@ -88,6 +90,8 @@ class Trials:
                     "pipeline with the same prompts and call"
                 )
         self.generations += state["generations"]
+        if missing:
+            self.begun = state.get("begun", {})
         for key, rows in state["trials"].items():
             known = self.found.setdefault(key, [])
             fresh = (Trial(**row) for row in rows)
@@ -97,7 +101,8 @@ class Trials:
         """Write what is known, in one piece."""
         if self.folder is not None:
             rows = {key: [vars(each) for each in found] for key, found in self.found.items()}
-            state = {**self.about, "generations": self.generations, "trials": rows}
+            counts = {"generations": self.generations, "begun": self.begun}
+            state = {**self.about, **counts, "trials": rows}
             write_json(self.folder / _STATE, state)
 
     def record(self, count: int) -> Profile:

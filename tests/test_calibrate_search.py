@@ -77,6 +77,16 @@ def test_a_killed_search_goes_on(tmp_path) -> None:
     assert "_accel_patch" not in vars(tiny.pipe)
 
 
+def test_another_target_in_the_folder_is_searched_for_too(tmp_path) -> None:
+    calibrated(tmp_path, psnr=1)
+    state = json.loads((tmp_path / "trials.json").read_text())
+    found = calibrated(tmp_path, speedup=1.2)
+    after = json.loads((tmp_path / "trials.json").read_text())
+    assert len(after["trials"]) > len(state["trials"])
+    assert list(after["begun"].values()) == [0, len(state["trials"])]
+    assert calibrated(tmp_path, speedup=1.2).generations == found.generations
+
+
 def test_one_prompt_costs_three_generations() -> None:
     found = calibrated(prompts=["a cat"], psnr=1)
     assert found.generations <= 3
