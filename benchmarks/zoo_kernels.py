@@ -1,7 +1,8 @@
 """What low-bit attention, low-bit linears and sparsity cost in quality on the zoo, on a CPU.
 
     python benchmarks/zoo_kernels.py benchmarks/results/zoo-kernels-cpu.json --models emoji-video
-    python benchmarks/zoo_kernels.py benchmarks/results/zoo-sparse-cpu.json --sparse --models emoji-video
+    python benchmarks/zoo_kernels.py benchmarks/results/zoo-sparse-cpu.json --sparse \\
+        --models emoji-video
     python benchmarks/zoo_kernels.py benchmarks/results/zoo-kernels-cpu*.json --table
 
 The kernels' torch references run, so that times mean nothing and quality is what a GPU would give
