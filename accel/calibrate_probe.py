@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from accel import registry
 from accel.hooks import waited
 from accel.method import AccelError, Method
@@ -112,9 +114,16 @@ def _resized(
 def _timed(call: Callable[[], Any]) -> tuple[float, Tensor]:
     """Seconds of the faster of two calls, and the prediction in fp32."""
     best = float("inf")
+    began = time.perf_counter()
     for _ in range(_REPEATS):
-        began = time.perf_counter()
         (output, *_) = call()
-        waited(output)
-        best = min(best, time.perf_counter() - began)
+        ended = now(waited(output))
+        best, began = min(best, ended - began), ended
     return best, output.float()
+
+
+def now(like: Any) -> float:
+    """Host time once the device of `like` has done its work."""
+    if isinstance(like, torch.Tensor) and like.is_cuda:
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from accel.calibrate_probe import PLACES, Probe, probe
+from accel.calibrate_probe import PLACES, Probe, now, probe
 from accel.family import Arguments
 from accel.guidance import is_doubled
 from accel.hooks import override
@@ -151,9 +151,9 @@ class _Watch:
         self.calls += 1
         record.calls += 1
         self._put("latent", latent)
-        began, own = _now(latent), self.own
+        began, own = now(latent), self.own
         output = run(None, args, kwargs)
-        self._spent("call", _now(latent) - began - (self.own - own))
+        self._spent("call", now(latent) - began - (self.own - own))
         self._put("prediction", output[0])
         places = {int(place * clock.total) for place in PLACES}
         if self.variants is not None and self.calls == 1 and self.step in places:
@@ -179,12 +179,12 @@ class _Watch:
         chain = self.denoiser.chain
         arguments = chain.arguments(index, args, kwargs)
         before = chain.inputs(arguments)[0]
-        began, own = _now(before), self.own
+        began, own = now(before), self.own
         if index == 0 and before is not None:
             self._enter(arguments, before)
-            self.began, self.own_then = _now(before), self.own
+            self.began, self.own_then = now(before), self.own
         output = chain.learn(index, arguments, run(*args, **kwargs))
-        ended = _now(before)
+        ended = now(before)
         last = index == len(chain.blocks) - 1
         if last:
             self._spent("stack", ended - self.began - (self.own - self.own_then))
@@ -265,10 +265,3 @@ class _Watch:
 
 def _relative_change(new: Tensor, old: Tensor) -> Tensor:
     return (new - old).abs().mean() / old.abs().mean()
-
-
-def _now(like: Any) -> float:
-    """Host time once the device of `like` has done its work."""
-    if isinstance(like, torch.Tensor) and like.is_cuda:
-        torch.cuda.synchronize(like.device)
-    return time.perf_counter()

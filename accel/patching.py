@@ -135,13 +135,13 @@ class Patch:
             for denoiser in self._denoisers:
                 handles.append(method.attach(denoiser))
         if self._budget is None and all(method.slot != "text" for method in methods):
-            self._beside = [*self._exact_beside()]
+            self._attach_beside(registry.method("textcache")())
 
-    def _exact_beside(self) -> Iterator[Handle]:
+    def _attach_beside(self, exact: Method) -> None:
         """What costs no quality goes beside any method, on the denoisers that it is for."""
         for denoiser in self._denoisers:
             with contextlib.suppress(AccelError):
-                yield registry.method("textcache")().attach(denoiser)
+                self._beside.append(exact.attach(denoiser))
 
     def _detach_methods(self) -> None:
         Handle.together(self._beside).remove()

@@ -17,9 +17,8 @@ class SimilarityFilter:
     Kodaira et al., "StreamDiffusion", ICCV 2025, §3.4. S is the cosine similarity of a frame and
     the last one that was processed, each less its mean; η `threshold`; 1 switches the filter off.
     After `most` consecutive skips a frame is processed. Differs from the reference: the mean is
-    taken off, because brightness alone makes any two frames alike (a square of an eighth of the
-    picture may cross it at S > 0.98); the count of skips begins anew at every processed frame, not
-    at forced ones only; and nothing sleeps, the source sets the pace.
+    taken off, because brightness alone makes any two frames alike; the count of skips begins anew
+    at every processed frame, not at forced ones only; and nothing sleeps, the source sets the pace.
     """
 
     threshold: float = 0.98
