@@ -6,19 +6,20 @@ hooks: no module is replaced and no weight of the host is touched.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from accel import trained_folder
 from accel.family import ENCODER, HIDDEN, Arguments
 from accel.method import AccelError, Handle
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapters.json"
+NAME = "adapters"
+"""Of the two files in a folder of adapters."""
 VARIANTS = ("cross", "offset")
 
 
@@ -201,33 +202,16 @@ class Adapters(nn.Module):
 
     def save(self, folder: Path, notes: dict[str, Any]) -> None:
         """Write weights in half precision and the configuration, with `notes` on the training."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS)
-        content = {**asdict(self.config), "training": notes}
-        (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        trained_folder.save(self, self.config, folder, NAME, notes)
 
     @classmethod
     def load(cls, folder: Path) -> Adapters:
         """Adapters that `save` wrote, in fp32; raises `AccelError` for any other folder."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        try:
-            content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            content.pop("training", None)
-            config = AdapterConfig(**{**content, "scales": tuple(content["scales"])})
-            adapters = cls(config)
-            adapters.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise AccelError(
-                f"{folder}: no adapters can be loaded ({reason}); a folder with {CONFIG} and "
-                f"{WEIGHTS} as `accel adapters train` writes them is accepted"
-            ) from error
-        return adapters.requires_grad_(False).eval()
+        def build(content: dict[str, Any]) -> Adapters:
+            return cls(AdapterConfig(**{**content, "scales": tuple(content["scales"])}))
+
+        return trained_folder.load(folder, NAME, build, "adapters", "`accel adapters train`")
 
 
 class _Addition:

@@ -5,8 +5,7 @@ For LSSGen (2025, arXiv 2507.16154); trained for one VAE by `demos/zoo/upsampler
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from accel import trained_folder
 from accel.method import AccelError
 
-WEIGHTS, CONFIG = "upsampler.safetensors", "upsampler.json"
+NAME = "upsampler"
+"""Of the two files in an upsampler's folder."""
 CLOSE = 0.01
 """Relative difference of fingerprints that a change of dtype may make."""
 
@@ -115,29 +116,14 @@ class LatentUpsampler(nn.Module):
 
     def save(self, folder: Path, notes: dict[str, Any]) -> None:
         """Write weights in half precision and the configuration, with `notes` on the training."""
-        from safetensors.torch import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.half().contiguous() for name, value in self.state_dict().items()}
-        save_file(weights, folder / WEIGHTS)
-        content = {**asdict(self.config), "training": notes}
-        (folder / CONFIG).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        trained_folder.save(self, self.config, folder, NAME, notes)
 
     @classmethod
     def load(cls, folder: Path) -> LatentUpsampler:
         """An upsampler that `save` wrote, in fp32; raises `AccelError` for any other folder."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        try:
-            content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            content.pop("training", None)
-            upsampler = cls(UpsamplerConfig(**{**content, "base": tuple(content["base"])}))
-            upsampler.load_state_dict(load_file(folder / WEIGHTS))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
-            raise AccelError(
-                f"{folder}: no latent upsampler can be loaded ({reason}); a folder with {CONFIG} "
-                f"and {WEIGHTS} as demos/zoo/upsampler.py writes them is accepted"
-            ) from error
-        return upsampler.requires_grad_(False).eval()
+        def build(content: dict[str, Any]) -> LatentUpsampler:
+            return cls(UpsamplerConfig(**{**content, "base": tuple(content["base"])}))
+
+        maker = "demos/zoo/upsampler.py"
+        return trained_folder.load(folder, NAME, build, "latent upsampler", maker)

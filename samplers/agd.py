@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from accel import trained_folder
 from accel.adapters import Adapters
 from accel.denoiser import Denoiser
 from accel.guidance import GuidanceContext, guide
@@ -18,6 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+TRAIN = (
+    "train AGD's adapters with `accel adapters train -m MODEL --prompts FILE -o FOLDER` and give "
+    "AGD(adapters=FOLDER)"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class AGD:
             )
         if denoiser.name == "transformer_2":
             raise AccelError("AGD adapters are for one denoiser; this pipeline has two")
-        adapters = Adapters.load(_folder(self.adapters, denoiser.module))
+        adapters = Adapters.load(trained_folder.find(self.adapters, denoiser.module, "agd", TRAIN))
         adapters.to(denoiser.module.device)
         branches = guide(denoiser, lambda: _OneBranch(denoiser, adapters), "AGD")
         try:
@@ -82,17 +86,3 @@ class _OneBranch:
 
     def substitute(self, context: GuidanceContext, cond: Tensor) -> Tensor:
         return cond
-
-
-def _folder(given: str | None, module: Any) -> Path:
-    """Where the adapters lie: where the user says, or beside the denoiser's weights."""
-    if given is not None:
-        return Path(given)
-    origin = getattr(module.config, "_name_or_path", None)
-    found = Path(os.fspath(origin)).parent / "adapters" / "agd" if origin else None
-    if found is None or not found.is_dir():
-        raise AccelError(
-            "AGD: this model has no folder adapters/agd beside its weights; train adapters with "
-            "`accel adapters train -m MODEL --prompts FILE -o FOLDER` and give AGD(adapters=FOLDER)"
-        )
-    return found

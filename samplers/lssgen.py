@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from accel import trained_folder
 from accel.clock import StepClock
 from accel.crossing import Crossing
 from accel.denoiser import Denoiser
@@ -21,6 +20,11 @@ from accel.staging import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+TRAIN = (
+    "train an upsampler for its VAE as demos/zoo/upsampler.py does and give "
+    "LSSGen(upsampler=FOLDER), or use Progressive, which needs none"
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,9 @@ class LSSGen:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to a denoiser whose family can take other sizes."""
-        upsampler = LatentUpsampler.load(_folder(self.upsampler, denoiser.module))
+        upsampler = LatentUpsampler.load(
+            trained_folder.find(self.upsampler, denoiser.module, "lssgen", TRAIN)
+        )
         staged = stage(denoiser, _Stages(self, upsampler, denoiser.clock), self.positions)
         denoiser.clock.staging.name = type(self).__name__
         return staged
@@ -115,18 +121,3 @@ class _Stages:
         grid = crossing.grid(crossing.after.scale)
         layout = Layout.resized(crossing.layout.full, grid, self.method.positions)
         return layout, crossing.renoise(doubled)
-
-
-def _folder(given: str | None, module: Any) -> Path:
-    """Where the upsampler lies: where the user says, or beside the denoiser's weights."""
-    if given is not None:
-        return Path(given)
-    origin = getattr(module.config, "_name_or_path", None)
-    found = Path(os.fspath(origin)).parent / "adapters" / "lssgen" if origin else None
-    if found is None or not found.is_dir():
-        raise AccelError(
-            "LSSGen: this model has no folder adapters/lssgen beside its weights; train an "
-            "upsampler for its VAE as demos/zoo/upsampler.py does and give LSSGen(upsampler=FOLDER)"
-            ", or use Progressive, which needs none"
-        )
-    return found

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 import accel
 from accel import adapter_training, registry
 from accel.adapter_training import Pool, Recorder, Trainer, Training, read_scales, velocity_weight
-from accel.adapters import CONFIG
 from accel.chain import parameters
 from accel.cli import app
 
@@ -72,7 +71,7 @@ def test_errors_fall_and_a_stopped_training_goes_on(folder, tmp_path) -> None:
     )
     assert second["step"] > first["step"] > 0
     assert second["seconds"] > first["seconds"]
-    content = json.loads((tmp_path / "out" / CONFIG).read_text())
+    content = json.loads((tmp_path / "out" / "adapters.json").read_text())
     assert content["base"] == "WanTransformer3DModel"
     assert content["training"]["step"] == second["step"]
     assert second["held_error"] < 1.0, "1 is what no adapters at all have"

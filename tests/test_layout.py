@@ -19,7 +19,7 @@ CONTRACTS = {
     *("block_calls", "geometry", "guard", "guidance", "adapters", "model_calls", "sublayer"),
     *("memory_budget", "optimal_steps", "similarity_filter", "stream_batch", "stream_session"),
     *("layout", "noise_levels", "staging", "transitions", "stages", "crossing"),
-    *("staged_scheduler", "text_bias", "attention_calls", "latent_upsampler"),
+    *("staged_scheduler", "text_bias", "attention_calls", "latent_upsampler", "trained_folder"),
 }
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),

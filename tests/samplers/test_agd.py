@@ -13,7 +13,7 @@ from tiny_pipelines import built, run
 import accel
 from accel import model_zoo, registry
 from accel.adapter_training import hosts
-from accel.adapters import CONFIG, WEIGHTS, AdapterConfig, Adapters, CrossHosts
+from accel.adapters import AdapterConfig, Adapters, CrossHosts
 
 FAMILIES = ["sd15", "flux_cfg", "sd3", "pixart", "wan21"]
 ZOO = ["emoji-unet", "emoji-image", "emoji-video"]
@@ -125,7 +125,7 @@ def test_adapters_of_another_base_are_refused(tmp_path) -> None:
 def test_other_paths_and_widths_are_refused(change, message, tmp_path) -> None:
     saved("wan21", tmp_path)
     tiny, baseline = built("wan21")
-    content = json.loads((tmp_path / CONFIG).read_text())
+    content = json.loads((tmp_path / "adapters.json").read_text())
     content.pop("training")
     content["hosts"] |= change
     Adapters(AdapterConfig(**content)).save(tmp_path, {})
@@ -138,9 +138,11 @@ def test_other_paths_and_widths_are_refused(change, message, tmp_path) -> None:
 def test_damaged_files_are_said(damage, tmp_path) -> None:
     folder = Path(saved("wan21", tmp_path))
     if damage == "missing":
-        (folder / WEIGHTS).unlink()
+        (folder / "adapters.safetensors").unlink()
     else:
-        (folder / (CONFIG if damage == "config" else WEIGHTS)).write_text("{")
+        (folder / ("adapters.json" if damage == "config" else "adapters.safetensors")).write_text(
+            "{"
+        )
     tiny, baseline = built("wan21")
     with pytest.raises(accel.AccelError, match="no adapters can be loaded"):
         accel.patch(tiny.pipe, accel.AGD(str(folder)))

@@ -15,7 +15,7 @@ import accel
 from accel import AccelError, LSSGen, model_zoo
 from accel.clock import StepClock
 from accel.crossing import Crossing
-from accel.latent_upsampler import CONFIG, WEIGHTS, LatentUpsampler, UpsamplerConfig, fingerprint
+from accel.latent_upsampler import LatentUpsampler, UpsamplerConfig, fingerprint
 from accel.layout import Form, Layout
 from accel.noise_levels import NoiseLevels
 from accel.samplers.lssgen import _Stages
@@ -179,11 +179,11 @@ def test_wrong_upsamplers_are_refused_before_the_first_step(tmp_path) -> None:
     with pytest.raises(AccelError, match="no latent upsampler can be loaded"):
         accel.patch(tiny.pipe, LSSGen(upsampler=str(tmp_path)))
     saved("sd15", tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps({**config, "channels": 5}))
+    config = json.loads((tmp_path / "upsampler.json").read_text())
+    (tmp_path / "upsampler.json").write_text(json.dumps({**config, "channels": 5}))
     with pytest.raises(AccelError, match="no latent upsampler"):
         accel.patch(tiny.pipe, LSSGen(upsampler=str(tmp_path)))
-    (tmp_path / WEIGHTS).write_bytes(b"nonsense")
+    (tmp_path / "upsampler.safetensors").write_bytes(b"nonsense")
     with pytest.raises(AccelError, match="no latent upsampler"):
         accel.patch(tiny.pipe, LSSGen(upsampler=str(tmp_path)))
     saved("sd3", tmp_path)
@@ -260,4 +260,4 @@ def test_the_zoos_upsamplers_beat_plain_resizes_on_pictures_they_have_not_seen(m
         plain = errors(training.resized(small, 2.0, mode))
         assert learned[0] < 0.6 * plain[0]
         assert learned[1] < 0.9 * plain[1]
-    assert (folder / WEIGHTS).stat().st_size < 300_000
+    assert (folder / "upsampler.safetensors").stat().st_size < 300_000

@@ -1,0 +1,70 @@
+"""Folders of small trained networks: safetensors weights and a JSON configuration."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from accel.method import AccelError
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def save(network: nn.Module, config: Any, folder: Path, name: str, notes: dict[str, Any]) -> None:
+    """Write `name`.safetensors in half precision and `name`.json, with `notes` on the training.
+
+    `config` is a dataclass of the network's settings.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: value.half().contiguous() for key, value in network.state_dict().items()}
+    save_file(weights, folder / f"{name}.safetensors")
+    content = {**asdict(config), "training": notes}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load(
+    folder: Path, name: str, build: Callable[[dict[str, Any]], Network], what: str, maker: str
+) -> Network:
+    """The network that `save` wrote, in fp32; `build` makes it from the configuration.
+
+    Raises `AccelError` for any other folder; `what` it should hold and its `maker` are named.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        content.pop("training", None)
+        network = build(content)
+        network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise AccelError(
+            f"{folder}: no {what} can be loaded ({reason}); a folder with {name}.json and "
+            f"{name}.safetensors as {maker} writes them is accepted"
+        ) from error
+    return network.requires_grad_(False).eval()
+
+
+def find(given: str | None, module: Any, name: str, otherwise: str) -> Path:
+    """The folder the user gave, or `adapters`/`name` beside the weights of a denoiser.
+
+    Raises `AccelError`, saying what to do `otherwise`, where there is none.
+    """
+    if given is not None:
+        return Path(given)
+    origin = getattr(module.config, "_name_or_path", None)
+    found = Path(os.fspath(origin)).parent / "adapters" / name if origin else None
+    if found is None or not found.is_dir():
+        raise AccelError(
+            f"this model has no folder adapters/{name} beside its weights; {otherwise}"
+        )
+    return found
