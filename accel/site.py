@@ -110,8 +110,11 @@ class Policy(Protocol):
         """Whether to skip this step. Asked at every step that reaches the site."""
         ...
 
-    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        """Told after the span was computed, also when `skip` had said otherwise."""
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> Streams | None:
+        """Told after the span was computed, also when `skip` had said otherwise.
+
+        For a layer inside a block it may return what is handed on and kept instead of the outputs.
+        """
         ...
 
 
@@ -287,13 +290,14 @@ class Forward:
         refined: Streams = refine(self.context(site), signals, forecast, compute)
         return refined
 
-    def remember(self, index: int, signals: Signals, computed: Computed) -> None:
-        """The span of site `index` was computed."""
+    def remember(self, index: int, signals: Signals, computed: Computed) -> Streams:
+        """The span of site `index` was computed; returns what is kept of it."""
         site = self.state.sites[index]
-        site.policy.computed(self.context(site), signals, computed)
-        site.history.update(self.step, computed.kept, signals)
-        self.kept[index] = (computed.kept, signals)
+        kept = site.policy.computed(self.context(site), signals, computed) or computed.kept
+        site.history.update(self.step, kept, signals)
+        self.kept[index] = (kept, signals)
         site.skipped = 0
+        return kept
 
 
 def mean_change(new: Tensor, old: Tensor, scale: Tensor | None = None, group: Any = None) -> float:

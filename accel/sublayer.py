@@ -162,7 +162,8 @@ class _Calls:
             output = run(*args, **kwargs)
             if last:
                 kept = output if isinstance(output, tuple) else (output,)
-                forward.remember(number, seen, Computed(forward.inputs[number], kept, kept))
+                kept = forward.remember(number, seen, Computed(forward.inputs[number], kept, kept))
+                output = kept if isinstance(output, tuple) else kept[0]
             self.shapes[position] = _shape(output)
             return output
         if not last:

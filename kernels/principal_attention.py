@@ -30,8 +30,7 @@ class PrincipalAttention:
     model's own, and the second moments of its queries and keys (after the rotary embedding) are
     summed for every layer, branch, sample and head. Their eigenvectors of the largest eigenvalues
     that sum to `variance` of the trace are the directions U; from then on the scores are
-    (QU)(KU)ᵀ at the old scale. `UniCP()` beside it skips what its windows cover, so that this
-    prunes only the attention that is computed; the paper's blending of both is a switch here.
+    (QU)(KU)ᵀ at the old scale. `UniCP(variance=…)` has this, its windows and their blending.
 
     For self-attention; masks are kept. Static after the warmup: one host read a layer, sample rows
     independent. Saves multiplications of QKᵀ only, in proportion to the directions left out, and
@@ -55,9 +54,7 @@ class PrincipalAttention:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the self-attention of all blocks."""
-        pruned = _Pruned(self, denoiser)
-        layers = self_attention(denoiser, "PrincipalAttention")
-        return intercept(denoiser, layers, pruned.attend, pruned.forget)
+        return Pruning(self, denoiser).attach("PrincipalAttention")
 
 
 def second_moments(query: Tensor, key: Tensor) -> Tensor:
@@ -82,21 +79,37 @@ def directions(moments: Tensor, variance: float) -> Tensor:
     return found
 
 
-class _Pruned:
+class Pruning:
     """The method on one denoiser: moments while it warms up, then directions."""
 
     def __init__(self, settings: PrincipalAttention, denoiser: Denoiser) -> None:
         self.settings, self.denoiser = settings, denoiser
         self.moments: dict[Key, Tensor] = {}
         self.found: dict[Key, Tensor] = {}
+        self.barred: set[int] = set()
+        self.done: set[int] = set()
+
+    def attach(self, method: str) -> Handle:
+        """Attach to the self-attention of all blocks; raises for `method` when there is none."""
+        layers = self_attention(self.denoiser, method)
+        return intercept(self.denoiser, layers, self.attend, self.forget)
 
     def forget(self) -> None:
         """A run begins or ends."""
-        self.moments, self.found = {}, {}
+        self.moments, self.found, self.barred, self.done = {}, {}, set(), set()
+
+    def allow(self, attention: Any, allowed: bool) -> None:
+        """Whether a layer may be pruned from now on; at first all may."""
+        (self.barred.discard if allowed else self.barred.add)(id(attention))
+
+    def pruned(self, attention: Any) -> bool:
+        """Whether the last call of a layer was pruned."""
+        return id(attention) in self.done
 
     def attend(self, call: AttentionCall) -> Tensor:
         """One self-attention of the model."""
-        forward = self.denoiser.forward
+        forward, module = self.denoiser.forward, id(call.layer.module)
+        self.done.discard(module)
         if forward is None or call.key.shape[2] != call.query.shape[2]:
             return call.plain()
         branch = forward.state.branch
@@ -108,8 +121,10 @@ class _Pruned:
         if key in self.moments:
             self.found[key] = directions(self.moments.pop(key), self.settings.variance)
         basis = self.found.get(key)
-        if basis is None or basis.shape[-1] == call.query.shape[-1]:
+        narrow = basis is not None and basis.shape[-1] < call.query.shape[-1]
+        if basis is None or not narrow or module in self.barred:
             return call.plain()
+        self.done.add(module)
         return _along(call, basis.to(call.query.dtype))
 
 

@@ -24,6 +24,7 @@ CONTRACTS = {
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),
     *("accel.caches.histories", "accel.caches.products", "accel.samplers.vgdfr"),
+    "accel.kernels.principal_attention",
 }
 TENSOR_FUNCTIONS = {"accel.kernels.relative_l1", "accel.kernels.weighted_sum"}
 """Kernels that everybody may call: they know tensors and nothing else."""

@@ -11,7 +11,7 @@ from contract_cases import context_at
 from tiny_pipelines import built, run
 
 import accel
-from accel.caches import ada_cache, bac, deep_cache, erta_cache, smooth_cache, spe_ca, uni_cp
+from accel.caches import ada_cache, bac, deep_cache, erta_cache, smooth_cache, spe_ca
 from accel.caches.faster_cache import _Window as FasterWindow
 from accel.caches.pyramid_attention_broadcast import _Broadcast
 from accel.caches.schedules import Cycle
@@ -159,20 +159,6 @@ def test_ada_cache_motion_needs_a_video() -> None:
         pytest.raises(accel.AccelError, match=message),
     ):
         run(still)
-
-
-def test_uni_cp_windows_grow_and_close() -> None:
-    policy = uni_cp._Window(accel.UniCP(threshold=0.1, spike=0.4, widest=2, warmup=1))
-    signals, output = Changes(0.01, 0.02, 0.6, 9.0, 0.01, 0.01), (torch.zeros(1),)
-    skipped, letters = 0, ""
-    for step in range(12):
-        context = context_at(step, 12, skipped=skipped)
-        skip = policy.skip(context, signals)
-        letters += "R" if skip else "C"
-        skipped = skipped + 1 if skip else 0
-        if not skip:
-            policy.computed(context, signals, Computed(output, output, output))
-    assert letters == "CCRCRRCRCCRC"
 
 
 def test_spe_ca_verdict_comes_one_step_late() -> None:

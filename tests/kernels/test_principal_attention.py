@@ -77,13 +77,6 @@ def test_runs_start_fresh_and_leave_nothing(name: str) -> None:
     assert torch.equal(run(tiny), before)
 
 
-def test_beside_unicp_only_what_is_computed_is_pruned() -> None:
-    tiny, _ = built("wan21")
-    with accel.patched(tiny.pipe, accel.UniCP(threshold=10.0), PrincipalAttention(variance=0.5)):
-        assert torch.isfinite(run(tiny)).all()
-        assert accel.stats(tiny.pipe).share_computed < 1
-
-
 @pytest.mark.parametrize("settings", [{"variance": 0.0}, {"variance": 1.5}, {"warmup": 0}])
 def test_settings_are_checked(settings) -> None:
     with pytest.raises(accel.AccelError, match="PrincipalAttention"):
