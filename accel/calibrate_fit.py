@@ -72,13 +72,17 @@ def fit(profile: Profile, name: str, share: float, **settings: Any) -> Candidate
 
     The method measures itself on the replayed profile and its knob (see `KNOBS`) is found by
     bisection; no run of the model is made. What a table needs beyond L2 norms is estimated from
-    sketches: L1 errors by L2 ones. Raises `AccelError` for a method without a knob.
+    sketches: L1 errors by L2 ones. For `NABLA` the share is of the key blocks, by the recorded
+    block maps, and no error is predicted (nan). Raises `AccelError` for a method without a knob.
     """
     key = name.lower()
-    if key not in KNOBS:
-        raise AccelError(f"fit: {name} has no setting to turn; accepted: {', '.join(KNOBS)}")
+    if key not in (*KNOBS, "nabla"):
+        known = ", ".join((*KNOBS, "nabla"))
+        raise AccelError(f"fit: {name} has no setting to turn; accepted: {known}")
     if not 0 < share <= 1:
         raise AccelError(f"fit: share={share!r} must be in (0, 1]")
+    if key == "nabla":
+        return _fit_nabla(profile, share, settings)
     knob, mild, strong = KNOBS[key]
     found, kind = replays(profile, key in _LAYERED), registry.method(key)
     best: Candidate | None = None
@@ -97,6 +101,18 @@ def fit(profile: Profile, name: str, share: float, **settings: Any) -> Candidate
             strong = middle
     assert best is not None  # twelve were tried
     return best
+
+
+def _fit_nabla(profile: Profile, share: float, settings: dict[str, Any]) -> Candidate:
+    maps = profile.block_maps
+    if not maps:
+        raise AccelError(
+            "fit: no block maps were recorded; give accel.profile variants=[NABLA(…)], and a model "
+            "with as many tokens as NABLA(least=…)"
+        )
+    method: Method = registry.method("nabla")(**settings).fitted(maps, share)
+    alone = mean_prediction(replays(profile))
+    return Candidate((method,), replace(alone, share=share, error=float("nan"), errors=()))
 
 
 def _off(candidate: Candidate, share: float) -> float:

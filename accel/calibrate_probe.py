@@ -18,7 +18,7 @@ import torch
 
 from accel import registry
 from accel.hooks import waited
-from accel.method import AccelError, Method
+from accel.method import AccelError, Handle, Method
 from accel.recipe import Recipe
 from accel.site import Branch
 from accel.stages import Stage
@@ -33,6 +33,8 @@ PLACES = (0.25, 0.75)
 """Of the schedule: where calls are made again."""
 SCALES = (0.5,)
 """Of rows and columns: the sizes that calls are timed at."""
+SHARES = (0.5, 0.3)
+"""Of the key blocks: what block-sparse attention that can be fitted is fitted to keep."""
 _BRANCH = Branch("probe", 0)
 _REPEATS = 2
 
@@ -81,7 +83,7 @@ def probe(
         found[name] = (own / seconds, float((output - expected).norm() / expected.norm()))
 
     for method in methods:
-        with contextlib.suppress(AccelError), attached(method, denoiser):
+        with contextlib.suppress(AccelError), removed(method.attach(denoiser)):
             compare(key(method), plain)
     for scale in SCALES:
         with contextlib.suppress(AccelError):
@@ -89,10 +91,35 @@ def probe(
     return found
 
 
+def block_maps(
+    denoiser: Denoiser,
+    run: Callable[[Branch, Any, Any], Any],
+    args: Any,
+    kwargs: Any,
+    methods: Sequence[Method],
+) -> dict[str, Tensor]:
+    """Block-wise attention of a call by layer, as the first of `methods` that looks at it does."""
+    maps: dict[str, Tensor] = {}
+    for method in methods:
+        watch = getattr(method, "watch", None)
+        if watch is not None and not maps:
+            with contextlib.suppress(AccelError), removed(watch(denoiser, maps)):
+                run(_BRANCH, args, kwargs)
+    return maps
+
+
+def fitted(methods: Sequence[Method], maps: Sequence[Tensor]) -> tuple[Method, ...]:
+    """`methods`, those that look at block maps once for each of `SHARES`, if there are maps."""
+    found: list[Method] = []
+    for method in methods:
+        fit = getattr(method, "fitted", None) if hasattr(method, "watch") and maps else None
+        found += [method] if fit is None else [fit(maps, share) for share in SHARES]
+    return tuple(found)
+
+
 @contextlib.contextmanager
-def attached(method: Method, denoiser: Denoiser) -> Iterator[None]:
-    """A method on a denoiser, for a while."""
-    handle = method.attach(denoiser)
+def removed(handle: Handle) -> Iterator[None]:
+    """Something attached, for a while."""
     try:
         yield
     finally:

@@ -168,6 +168,12 @@ class Profile:
         return {name: each for prompt in self.prompts for name, each in prompt.probes.items()}
 
     @property
+    def block_maps(self) -> list[Tensor]:
+        """Rows of layers' block-wise attention, (heads, rows, blocks) each, if it was looked at."""
+        named = (item for prompt in self.prompts for item in prompt.values.items())
+        return [each for name, steps in named if name.startswith("map/") for each in steps]
+
+    @property
     def measured(self) -> tuple[str, ...]:
         """Variants with what they measured, as JSON."""
         return tuple(dict.fromkeys(each for prompt in self.prompts for each in prompt.measured))
@@ -207,8 +213,9 @@ def profile(
     `folder` every prompt is written as it is done, and prompts that lie there are not run again;
     folders from several machines may be merged by copying or by `Profile.load(a, b)`. `variants`:
     methods such as `Attention(…)` and `Linear(…)` that are tried on a few calls of the first
-    prompt, as are smaller sizes; those that measure themselves do so during the second. None:
-    nothing is tried. `run(call, seed)` makes the run when given. Holds `SKETCH` numbers a site,
+    prompt, as are smaller sizes; its block-wise attention is recorded if one of them reads it
+    (`NABLA`). Those that measure themselves do so during the second. None: nothing is tried.
+    `run(call, seed)` makes the run when given. Holds `SKETCH` numbers a site,
     step and branch. The pipeline is as before afterwards. Raises `AccelError` for no prompts, or
     files of another model.
     """

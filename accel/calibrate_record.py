@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from accel.calibrate_probe import PLACES, Probe, now, probe
+from accel.calibrate_probe import PLACES, Probe, block_maps, fitted, now, probe
 from accel.family import Arguments
 from accel.guidance import is_doubled
 from accel.hooks import override
@@ -63,7 +63,8 @@ class Record:
     Sites: "latent", "prediction", "entry" (the chain's input), "stack", "block.I" (residuals),
     "layer.I.KIND.NAME" (outputs of attention and MLP layers), all sketches; "ratio" (mean norm
     ratio of the stack's residual to the step before, over tokens) and "observed" (relative change
-    of the family's observer), both from step 1 on. `seconds`: totals for "call", "stack", "run".
+    of the family's observer), both from step 1 on; "map/LAYER", at the probed steps alone: rows of
+    its block-wise attention. `seconds`: totals for "call", "stack", "run".
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -105,6 +106,7 @@ class _Watch:
     ) -> None:
         self.denoiser, self.record, self.sketch = denoiser, record, Sketcher()
         self.variants, self.probing = variants, False
+        self.tried: tuple[Method, ...] = ()
         self.step, self.calls = -1, 0
         self.branches: tuple[str, ...] = ()
         self.past: dict[str, Tensor] = {}
@@ -166,7 +168,12 @@ class _Watch:
         began = time.perf_counter()
         self.probing = True
         try:
-            found = probe(self.denoiser, run, args, kwargs, variants)
+            maps = block_maps(self.denoiser, run, args, kwargs, variants)
+            for name, each in maps.items():
+                self.record.put("map", name, each)
+            if not self.tried:  # the same at every place
+                self.tried = fitted(variants, list(maps.values()))
+            found = probe(self.denoiser, run, args, kwargs, self.tried)
         finally:
             self.probing = False
         for name, seen in found.items():

@@ -71,6 +71,16 @@ def attach_sparse(settings: SparseSettings, denoiser: Denoiser, choose: Choose) 
     return intercept(denoiser, self_attention(denoiser, name), sparse.attend, sparse.say)
 
 
+def watch_blocks(
+    settings: SparseSettings, denoiser: Denoiser, see: Callable[[AttentionCall], None]
+) -> Handle:
+    """Show `see` the self-attention that would be sparse, in tile order, and leave it as it is."""
+    name = type(settings).__name__
+    return intercept(
+        denoiser, self_attention(denoiser, name), _Watched(settings, denoiser, see, name).attend
+    )
+
+
 def block_means(tensor: Tensor, size: int) -> Tensor:
     """Mean of each block of tokens in fp32, (batch, heads, blocks, head_dim); the last is short."""
     blocks = pad(tensor.float(), (0, 0, 0, -tensor.shape[2] % size)).unflatten(2, (-1, size))
@@ -94,49 +104,34 @@ def block_places(grid: Grid, tile: Grid, blocks: int, device: torch.device) -> T
     return means[:blocks]
 
 
-class _Sparse:
-    """One method on one denoiser."""
+class _Tiled:
+    """Self-attention over tiles of one denoiser, where it can be tiled."""
 
-    def __init__(
-        self, settings: SparseSettings, denoiser: Denoiser, choose: Choose, name: str
-    ) -> None:
-        self.settings, self.denoiser = settings, denoiser
-        self.choose, self.name = choose, name
+    def __init__(self, settings: SparseSettings, denoiser: Denoiser, name: str) -> None:
+        self.settings, self.denoiser, self.name = settings, denoiser, name
         self.reasons: set[str] = set()
-        self.kept: list[Tensor] = []
 
-    def attend(self, call: AttentionCall) -> Tensor:
-        """One self-attention, over chosen blocks where the method applies."""
-        forward = self.denoiser.forward
-        if forward is None or forward.step < self.settings.warmup * forward.total:
-            return call.plain()
-        grid = token_grid(self.denoiser.module, self.denoiser.family, forward.arguments)
+    def tiled(self, call: AttentionCall, grid: Grid) -> tuple[AttentionCall, Tensor] | None:
+        """The call in tile order and the way back; None, with a warning, where it is dense."""
         reason = self._why_not(call, grid)
         if reason is not None:
             if reason not in self.reasons:
                 logger.warning("%s: attention stays dense: %s", self.name, reason)
             self.reasons.add(reason)
-            return call.plain()
+            return None
         text = call.query.shape[2] - math.prod(grid)
         first = self.denoiser.family.name in TEXT_FIRST
         device = call.query.device
         order, inverse = sequence_orders(grid, self.settings.tile, text, first, device)
-        return self._over_blocks(call, grid, text, order).index_select(2, inverse)
-
-    def _over_blocks(self, call: AttentionCall, grid: Grid, text: int, order: Tensor) -> Tensor:
-        """Reorder, choose blocks, attend."""
-        size = math.prod(self.settings.tile)
         parts = (call.query, call.key, call.value)
-        tiled = call.over(*(each.index_select(2, order) for each in parts))
-        mask = self.choose(tiled, grid, text)
-        if text:
-            words = (tiled.query.shape[2] - text) // size  # the first block that holds text
-            mask[:, :, words:] = True
-            mask[..., words:] = True
-        self.kept.append(mask.float().mean())
-        return block_sparse_attention(
-            *(tiled.query, tiled.key, tiled.value, mask), block_size=size, scale=call.scale
-        )
+        return call.over(*(each.index_select(2, order) for each in parts)), inverse
+
+    def grid(self) -> Grid | None:
+        """Of the call in flight."""
+        forward = self.denoiser.forward
+        if forward is None:
+            return None
+        return token_grid(self.denoiser.module, self.denoiser.family, forward.arguments)
 
     def _why_not(self, call: AttentionCall, grid: Grid) -> str | None:
         tokens = call.query.shape[2]
@@ -147,6 +142,66 @@ class _Sparse:
         if tokens < self.settings.least:
             return f"{tokens} tokens are fewer than {self.settings.least}"
         return None
+
+
+class _Watched(_Tiled):
+    """Looks on."""
+
+    def __init__(
+        self,
+        settings: SparseSettings,
+        denoiser: Denoiser,
+        see: Callable[[AttentionCall], None],
+        name: str,
+    ) -> None:
+        super().__init__(settings, denoiser, name)
+        self.see = see
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """One self-attention."""
+        grid = self.grid()
+        found = None if grid is None else self.tiled(call, grid)
+        if found is not None:
+            self.see(found[0])
+        return call.plain()
+
+
+class _Sparse(_Tiled):
+    """One method on one denoiser."""
+
+    def __init__(
+        self, settings: SparseSettings, denoiser: Denoiser, choose: Choose, name: str
+    ) -> None:
+        super().__init__(settings, denoiser, name)
+        self.choose = choose
+        self.kept: list[Tensor] = []
+
+    def attend(self, call: AttentionCall) -> Tensor:
+        """One self-attention, over chosen blocks where the method applies."""
+        forward, grid = self.denoiser.forward, self.grid()
+        if forward is None or grid is None:
+            return call.plain()
+        if forward.step < self.settings.warmup * forward.total:
+            return call.plain()
+        found = self.tiled(call, grid)
+        if found is None:
+            return call.plain()
+        tiled, inverse = found
+        return self._over_blocks(tiled, grid).index_select(2, inverse)
+
+    def _over_blocks(self, tiled: AttentionCall, grid: Grid) -> Tensor:
+        """Choose blocks and attend."""
+        size, tokens = math.prod(self.settings.tile), tiled.query.shape[2]
+        text = tokens - math.prod(grid)
+        mask = self.choose(tiled, grid, text)
+        if text:
+            words = (tokens - text) // size  # the first block that holds text
+            mask[:, :, words:] = True
+            mask[..., words:] = True
+        self.kept.append(mask.float().mean())
+        return block_sparse_attention(
+            *(tiled.query, tiled.key, tiled.value, mask), block_size=size, scale=tiled.scale
+        )
 
     def say(self) -> None:
         """The run is over: how much was kept; one device read a run."""

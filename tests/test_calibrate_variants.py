@@ -8,12 +8,13 @@ from test_calibrate_profile import call_of, profiled
 from tiny_pipelines import built, run
 
 import accel
-from accel import calibrate_fit
+from accel import calibrate_fit, calibrate_probe
 from accel.calibrate_fit import candidates, predicted, replays, split
 from accel.calibrate_probe import key, size_key
 from accel.calibrate_profile import Profile
 from accel.calibrate_replay import Replay
 from accel.calibrate_variants import variants
+from accel.kernels import nabla
 
 LOW = tuple(accel.Linear(format=name, least=1) for name in ("int8", "int4"))
 ADAPTIVE = accel.Attention(kernel="adaptive", least=1, similarity=0.5, error=1.0, reference=True)
@@ -111,3 +112,44 @@ def test_less_is_undecided_towards_the_end(family) -> None:
     replay = Replay(record)
     left = [replay.undecided(step) for step in range(1, record.steps + 1)]
     assert left[-1] == 0 and left[0] == max(left)
+
+
+SPARSE = accel.NABLA(tile=(1, 4, 4), least=16, warmup=0.0)
+
+
+def test_block_maps_are_recorded_and_fit_the_mass(tmp_path) -> None:
+    """The share that is asked for is the share of blocks that a run with the fitted mass keeps."""
+    tiny, _ = built("wan21")
+    options = {"call": call_of(tiny), "variants": [SPARSE], "folder": tmp_path}
+    accel.profile(tiny.pipe, ["a cat"], **options)
+    profile = Profile.load(tmp_path)
+    layers = [name for name in profile.prompts[0].values if name.startswith("map/")]
+    assert len(layers) == len(tiny.pipe.transformer.blocks)
+    maps = profile.block_maps
+    assert len(maps) == len(calibrate_probe.PLACES) * len(layers)
+    for each in maps:
+        torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:-1]))
+    first = [profile.prompts[0].values[name][0] for name in layers]
+    masses = [SPARSE.fitted(first, share).mass for share in calibrate_probe.SHARES]
+    assert masses[0] > masses[1]
+    assert {key(replace(SPARSE, mass=mass)) for mass in masses} <= set(profile.probes)
+    for share in (0.4, 0.7):
+        (method,) = calibrate_fit.fit(profile, "NABLA", share, **vars(replace(SPARSE))).methods
+        kept = [float(nabla.smallest_sets(each, method.mass).float().mean()) for each in maps]
+        assert sum(kept) / len(kept) == pytest.approx(share, abs=0.12)
+        more = [
+            float(nabla.smallest_sets(each, method.mass + 0.01).float().mean()) for each in maps
+        ]
+        assert sum(kept) <= share * len(kept) < sum(more)
+
+
+def test_without_maps_no_mass_is_fitted(wan) -> None:
+    with pytest.raises(accel.AccelError, match="no block maps"):
+        calibrate_fit.fit(wan, "NABLA", 0.5)
+
+
+def test_a_model_of_few_tokens_has_no_maps() -> None:
+    tiny, _ = built("wan21")
+    made = profiled(tiny, variants=[accel.NABLA()])
+    assert made.block_maps == []
+    assert key(accel.NABLA()) in made.probes
