@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from accel.calibrate_fit import Candidate
+from accel.calibrate_replay import EARLY, USUAL
 from accel.calibrate_trials import Trial
 
 _NEAREST = 3
 """Runs that a prediction is corrected by."""
+_FEWEST = 4
+"""Runs that tell something of weights."""
 _UNKNOWN_OFFSET = 0.0
 """dB at a predicted error of 1 before any run; medians from −6 to 12 on the zoo."""
 
@@ -19,33 +21,53 @@ _UNKNOWN_OFFSET = 0.0
 Runs = Sequence[tuple[Candidate, Trial]]
 
 
-def psnr(candidate: Candidate, runs: Runs) -> float:
-    """dB, by the predicted error and what the candidates most like it had beside theirs."""
-    offsets = [trial.psnr - _decibels(each) for each, trial in _nearest(candidate, runs)]
-    return _decibels(candidate) + (statistics.median(offsets) if offsets else _UNKNOWN_OFFSET)
+def early(runs: Runs) -> int:
+    """Which of `EARLY` the runs so far speak for.
+
+    The one whose predicted errors the measured PSNRs follow most closely, up to an offset.
+    """
+    if len(runs) < _FEWEST:
+        return USUAL
+
+    def scatter(weight: int) -> float:
+        return statistics.pvariance([trial.psnr - decibels(each, weight) for each, trial in runs])
+
+    return min(range(len(EARLY)), key=scatter)
 
 
-def speedup(candidate: Candidate, runs: Runs) -> float:
+def psnr(candidate: Candidate, runs: Runs, weight: int) -> float:
+    """dB, by the predicted error and what the candidates most like it had beside theirs.
+
+    `weight`: of `EARLY`.
+    """
+    near = _nearest(candidate, runs, weight)
+    offsets = [trial.psnr - decibels(each, weight) for each, trial in near]
+    offset = statistics.median(offsets) if offsets else _UNKNOWN_OFFSET
+    return decibels(candidate, weight) + offset
+
+
+def speedup(candidate: Candidate, runs: Runs, weight: int) -> float:
     """The predicted speed-up, corrected by the runs of the candidates most like it."""
-    near = _nearest(candidate, runs)
+    near = _nearest(candidate, runs, weight)
     ratios = [trial.speedup / each.prediction.speedup for each, trial in near]
     return candidate.prediction.speedup * (statistics.median(ratios) if ratios else 1.0)
 
 
-def _nearest(candidate: Candidate, runs: Runs) -> list[tuple[Candidate, Trial]]:
+def _nearest(candidate: Candidate, runs: Runs, weight: int) -> list[tuple[Candidate, Trial]]:
     """Runs with the same kinds of methods first, then those of nearest predicted error."""
-    here, kinds = _decibels(candidate), _kinds(candidate)
+    here, kinds = decibels(candidate, weight), _kinds(candidate)
 
     def distance(run: tuple[Candidate, Trial]) -> tuple[bool, float]:
-        return _kinds(run[0]) != kinds, abs(_decibels(run[0]) - here)
+        return _kinds(run[0]) != kinds, abs(decibels(run[0], weight) - here)
 
     return sorted(runs, key=distance)[:_NEAREST]
 
 
-def _kinds(candidate: Candidate) -> list[Any]:
-    """What errs in the same way: methods by name, and what a schedule was made for."""
-    return [(type(each).__name__, getattr(each, "early", None)) for each in candidate.methods]
+def _kinds(candidate: Candidate) -> list[str]:
+    """What errs in the same way: methods by name."""
+    return [type(each).__name__ for each in candidate.methods]
 
 
-def _decibels(candidate: Candidate) -> float:
-    return -20 * math.log10(max(candidate.prediction.error, 1e-9))
+def decibels(candidate: Candidate, weight: int) -> float:
+    """The predicted error in dB, with the beginning's errors weighed by one of `EARLY`."""
+    return -20 * math.log10(max(candidate.prediction.drifts[weight], 1e-9))

@@ -13,7 +13,7 @@ import numpy as np
 
 from accel import registry
 from accel.calibrate_profile import Profile
-from accel.calibrate_replay import Prediction, Replay, mean_prediction
+from accel.calibrate_replay import EARLY, Prediction, Replay, mean_prediction
 from accel.calibrate_variants import SLOTS, Variant, combinations, fits, variants
 from accel.method import AccelError, Method
 from accel.optimal_steps import best_steps, forecast_costs, solver_strides
@@ -45,8 +45,6 @@ _INTERVALS = (2, 3, 4, 5, 6, 8, 10, 12)
 _SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06)
 _FINE = (0.35, 0.28, 0.26, 0.24, 0.22, 0.18)
 """More shares for FitCache: a step more or less is a tenth of the speed-up at five times."""
-_EARLY = (0.0, 1.0, 2.0)
-"""How much more errors at the beginning weigh; which is right differs from model to model."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +221,7 @@ def _fitted(profile: Profile) -> list[Method]:
     each = [prompt.products() for prompt in profile.prompts]
     products = [np.sum(branch, axis=0) for branch in zip(*each, strict=True)]
     strides = solver_strides(first.log_snr, first.prediction)
-    pairs = itertools.product((*_SHARES, *_FINE), _EARLY)
+    pairs = itertools.product((*_SHARES, *_FINE), EARLY)
     return list({fitcache.fitted(*pair, products, strides): None for pair in pairs})
 
 

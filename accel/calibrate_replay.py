@@ -27,8 +27,10 @@ from accel.optimal_steps import solver_strides
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EARLY = 1.0
-"""Errors of the beginning weigh e^1 times those of the end; 0 ranks worse on all zoo models."""
+EARLY = (0.0, 1.0, 2.0)
+"""Errors of the beginning weigh e^early times those of the end; which is right differs by model."""
+USUAL = 1
+"""Which of them ranks best on all zoo models together."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class Prediction:
 
     `error`: the largest drift of the latent along the run, ‖Σ strideₛ·errorₛ‖ of the guided
     predictions' errors, relative to the summed strides of the predictions themselves. Errors of the
-    beginning weigh e times those of the end: what they change, later steps build on.
+    beginning weigh e times those of the end: what they change, later steps build on. `drifts`: the
+    same for each weight of `EARLY`.
     `share`: blocks computed; `seconds`: of a run; `speedup`: over the untouched run; `settled`: the
     methods with everything they measured.
     """
@@ -49,6 +52,7 @@ class Prediction:
     settled: tuple[Method, ...] = ()
     errors: tuple[float, ...] = ()
     """Of each prompt, where `error` is of several."""
+    drifts: tuple[float, ...] = (0.0,) * len(EARLY)
 
 
 class Replay:
@@ -62,11 +66,12 @@ class Replay:
         self.clock.listeners.append(self.denoiser.begin)
         self.latents = record.values["latent/cond"].unsqueeze(1)
         self.guided = _guided(record, record.values["prediction/cond"])
-        strides = solver_strides(record.log_snr, record.prediction)
-        fading = [math.exp(-_EARLY * step / record.steps) for step in range(record.steps)]
-        weights = [stride * weight for stride, weight in zip(strides, fading, strict=True)]
-        self.weights = torch.tensor(weights)[:, None]
-        self.scale = float((self.weights * self.guided).norm(dim=1).sum())
+        strides = torch.tensor(solver_strides(record.log_snr, record.prediction))
+        places = torch.arange(record.steps) / record.steps
+        fading = torch.exp(-torch.tensor(EARLY)[:, None] * places)
+        self.weights = (strides * fading)[:, :, None]
+        """(weights of `EARLY`, steps, 1)."""
+        self.scales = (self.weights * self.guided).norm(dim=2).sum(1)
 
     def predict(self, *methods: Method) -> Prediction:
         """Replay the run with methods attached; self-measuring ones measure in a first pass.
@@ -88,15 +93,17 @@ class Replay:
             )
         finally:
             Handle.together(handles).remove()
-        drift = (self.weights * (guided - self.guided)).cumsum(0)
+        drift = (self.weights * (guided - self.guided)).cumsum(1).norm(dim=2)
+        drifts = tuple((drift.amax(1) / self.scales).tolist())
         seconds = self._seconds()
         rows = self.denoiser.rows
         return Prediction(
-            error=float(drift.norm(dim=1).max()) / self.scale,
+            error=drifts[USUAL],
             share=sum(row.blocks_run for row in rows) / sum(row.blocks for row in rows),
             seconds=seconds,
             speedup=self.record.seconds["run"] / seconds,
             settled=settled,
+            drifts=drifts,
         )
 
     def undecided(self, step: int) -> float:
@@ -104,9 +111,9 @@ class Replay:
 
         √2 times: another noise decides it otherwise, as far from what it was.
         """
-        last, fading = self.record.steps - 1, math.exp(-_EARLY * step / self.record.steps)
+        last, fading = self.record.steps - 1, math.exp(-EARLY[USUAL] * step / self.record.steps)
         apart = self._clean(max(step - 1, 0)) - self._clean(last)
-        return math.sqrt(2) * fading * float(apart.norm()) / self.scale
+        return math.sqrt(2) * fading * float(apart.norm() / self.scales[USUAL])
 
     def _clean(self, step: int) -> Tensor:
         """The sketch of the data that a step's guided prediction speaks of."""
@@ -299,11 +306,18 @@ def mean_prediction(replays: Sequence[Replay], *methods: Method) -> Prediction:
     first = replays[0].predict(*methods)
     others = [replay.predict(*first.settled) for replay in replays[1:]]
     each = [first, *others]
+    drifts = tuple(map(root_mean_square, zip(*(one.drifts for one in each), strict=True)))
     return Prediction(
-        error=(sum(one.error**2 for one in each) / len(each)) ** 0.5,
+        error=drifts[USUAL],
         share=sum(one.share for one in each) / len(each),
         seconds=sum(one.seconds for one in each) / len(each),
         speedup=sum(one.speedup for one in each) / len(each),
         settled=first.settled,
         errors=tuple(one.error for one in each),
+        drifts=drifts,
     )
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    """√ of the mean of the squares."""
+    return math.sqrt(sum(value**2 for value in values) / len(values))

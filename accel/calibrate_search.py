@@ -19,6 +19,7 @@ import accel
 from accel import calibrate_expect as expect
 from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays, split
 from accel.calibrate_profile import Profile
+from accel.calibrate_replay import EARLY
 from accel.calibrate_target import Target
 from accel.calibrate_trials import Deadline, Trial, Trials, label, median
 from accel.method import AccelError
@@ -188,14 +189,22 @@ class _Search:
             self.trials.run(choice, self.first)
 
     def _spread(self, count: int) -> list[Candidate]:
-        """The predicted front, thinned evenly in predicted error."""
+        """From the cheapest to the best, each on the predicted front of another of `EARLY`."""
+        fronts = [self._front(weight) for weight in range(len(EARLY))]
+        found: dict[str, Candidate] = {}
+        for index in range(count):
+            front = fronts[index % len(fronts)]
+            each = front[round(index * (len(front) - 1) / max(count - 1, 1))]
+            found.setdefault(each.key, each)
+        return list(found.values())
+
+    def _front(self, weight: int) -> list[Candidate]:
+        """What nothing cheaper is predicted to beat, cheapest first."""
         front: list[Candidate] = []
         for each in self.all:  # cheapest first
-            if not front or each.prediction.error < front[-1].prediction.error:
+            if not front or each.prediction.drifts[weight] < front[-1].prediction.drifts[weight]:
                 front.append(each)
-        if len(front) <= count:
-            return front
-        return [front[round(i * (len(front) - 1) / (count - 1))] for i in range(count)]
+        return front
 
     # --- what is expected ----------------------------------------------------------------------
 
@@ -218,9 +227,11 @@ class _Search:
     def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
         """By the predictions, corrected by what was run so far."""
         runs = self._first_runs()
+        weight = expect.early(runs)
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
-            return self.target.score(expect.speedup(candidate, runs), expect.psnr(candidate, runs))
+            speed = expect.speedup(candidate, runs, weight)
+            return self.target.score(speed, expect.psnr(candidate, runs, weight))
 
         return max(several, key=rank)
 
@@ -231,7 +242,8 @@ class _Search:
         trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
         speed = median(trials, "speedup")
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
-            speed = expect.speedup(candidate, self._first_runs())
+            runs = self._first_runs()
+            speed = expect.speedup(candidate, runs, expect.early(runs))
         return target.score(speed, target.decibels([each.psnr for each in trials]))
 
     # --- the result ----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 from accel import registry
 from accel.calibrate_probe import key, size_key
 from accel.calibrate_profile import Profile, PromptProfile
-from accel.calibrate_replay import Prediction, Replay
+from accel.calibrate_replay import USUAL, Prediction, Replay, root_mean_square
 from accel.method import AccelError, Method
 from accel.noise_levels import NoiseLevels
 from accel.recipe import Recipe
@@ -39,13 +39,16 @@ class Variant:
     def beside(self, prediction: Prediction, replays: Sequence[Replay]) -> Prediction:
         """The prediction for methods, with this variant as well."""
         errors = tuple(map(math.hypot, prediction.errors, self.errors))
+        own = root_mean_square(self.errors)
+        drifts = tuple(math.hypot(each, own) for each in prediction.drifts)
         spent = [each.record.seconds for each in replays]
         outside = sum(each["run"] - each["call"] for each in spent) / len(spent)
         seconds = outside + self.seconds * (prediction.seconds - outside)
         return replace(
             prediction,
-            error=(sum(error**2 for error in errors) / len(errors)) ** 0.5,
+            error=drifts[USUAL],
             errors=errors,
+            drifts=drifts,
             seconds=seconds,
             speedup=prediction.speedup * prediction.seconds / seconds,
         )

@@ -1,6 +1,7 @@
 """The search: a recipe with evidence, resumed after a kill, shared among machines, honest."""
 
 import json
+import statistics
 
 import pytest
 import torch
@@ -131,7 +132,9 @@ def test_bad_arguments(tmp_path) -> None:
 
 def test_targets_count_the_median_or_nine_of_ten() -> None:
     values = [30.0, 32.0, 40.0]
-    assert Target.of(None, None, "balanced").decibels(values) == 32
+    balanced = Target.of(None, None, "balanced")
+    assert balanced.decibels([32.0]) == balanced.decibels([32.0] * 5) == 32
+    assert balanced.decibels(values) == pytest.approx(32 - statistics.stdev(values) / 3**0.5)
     assert Target.of(None, 30.0, None).decibels(values) < 30
     wanted = Target.of(3.0, None, None)
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
