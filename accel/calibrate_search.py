@@ -27,8 +27,10 @@ from accel.recipe import Choice, Recipe, Validity
 
 logger = logging.getLogger(__name__)
 
-FIRST, SECOND, LAST = 12, 4, 3
-"""Candidates of the rungs: on the most typical prompt, on two more, on the validation prompts."""
+FIRST, SECOND, LAST = 8, 4, 3
+"""Candidates of the rungs: on the most typical prompt, on all recorded ones, on those held out."""
+GUIDED = 2
+"""Of the first rung, and after each further target in a folder: those that the runs before suggest."""
 VALIDATION = 4
 
 
@@ -113,11 +115,13 @@ class _Search:
         self.first = self.tuning[0]
         trials.say(f"{len(self.all)} candidates predicted from {len(self.tuning)} recorded runs")
         known = {each.key for each in self.all}
+        self.enough = FIRST
+        """Runs of the first rung: what is expected of others goes by these, also when resumed."""
         self.all += [predicted(self.profile, key) for key in trials.found if key not in known]
 
     def run(self, shard: tuple[int, int] | None) -> Calibration:
         known = self.trials.begun.setdefault(repr(self.target), len(self._tried()))
-        spread = self._spread(FIRST // 2)
+        spread = self._spread(FIRST - GUIDED)
         if len(self.trials.prompts) == 1:
             spread = [self._most_promising(self.all)]
         if shard is not None:
@@ -127,8 +131,8 @@ class _Search:
                 self.trials.run(candidate, self.first)
         if shard is not None:
             return self._result(self._tried())
-        few = len(self.trials.prompts) == 1
-        self._guided_runs(2 if few else max(FIRST, known + FIRST // 2))
+        self.enough = 2 if len(self.trials.prompts) == 1 else max(FIRST, known + GUIDED)
+        self._guided_runs()
         return self._checked(self._result(self._finals()))
 
     def _oddness(self, prompt: int) -> float:
@@ -141,8 +145,9 @@ class _Search:
 
     def _finals(self) -> list[Candidate]:
         """Fewer candidates on more prompts; the last on the prompts that took no part."""
-        best = self._best(self._tried(), [self.first], SECOND)
-        for prompt in self.tuning[1:]:
+        every = self.all if self.validation else self._tried()
+        best = self._best(every, [self.first], SECOND)
+        for prompt in self.tuning:
             for candidate in best:
                 if not self.deadline.over:
                     self.trials.run(candidate, prompt)
@@ -165,20 +170,27 @@ class _Search:
     def _best(
         self, several: Sequence[Candidate], prompts: list[int], count: int
     ) -> list[Candidate]:
-        """By the runs on some prompts, so that later runs do not change an earlier choice.
+        """By the runs on some prompts, or by what is expected of candidates without.
 
         The first reaches the target there; each further one has more to spare on other prompts.
         """
-        left, chosen = list(several), list[Candidate]()
+        runs = self._first_runs()
+        weight = expect.early(runs)
+        known = {each.key: self._known(each, prompts, runs, weight) for each in several}
+        left, chosen = {each.key: each for each in several}, list[Candidate]()
         while left and len(chosen) < count:
             target = self.target.safer(_TO_SPARE * len(chosen))
-            chosen.append(max(left, key=lambda each: self._score(each, prompts, target)))
-            left.remove(chosen[-1])
+
+            def rank(key: str, target: Target = target) -> tuple[bool, float]:
+                speed, decibels = known[key]
+                return target.score(speed, target.decibels(decibels))
+
+            chosen.append(left.pop(max(left, key=rank)))
         return chosen
 
-    def _guided_runs(self, total: int) -> None:
+    def _guided_runs(self) -> None:
         """Run what the predictions, corrected by all runs so far, say is best."""
-        while len(self._tried()) < total:
+        while len(self._tried()) < self.enough:
             left = [each for each in self.all if not self.trials.of(each)]
             if self.deadline.over or not left:
                 return
@@ -216,13 +228,15 @@ class _Search:
         return list(keys.values())
 
     def _first_runs(self) -> list[tuple[Candidate, Trial]]:
-        """Every run of the most typical prompt."""
-        return [
-            (each, trial)
-            for each in self._tried()
-            for trial in self.trials.of(each)
+        """The first rung's runs, in the order in which they were made."""
+        known = {each.key: each for each in self.all}
+        runs = [
+            (known[key], trial)
+            for key, trials in self.trials.found.items()
+            for trial in trials
             if trial.prompt == self.first
         ]
+        return runs[: self.enough]
 
     def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
         """By the predictions, corrected by what was run so far."""
@@ -235,16 +249,15 @@ class _Search:
 
         return max(several, key=rank)
 
-    def _score(
-        self, candidate: Candidate, prompts: list[int], target: Target
-    ) -> tuple[bool, float]:
-        """Of what was measured on some prompts."""
+    def _known(
+        self, candidate: Candidate, prompts: list[int], runs: expect.Runs, weight: int
+    ) -> tuple[float, list[float]]:
+        """The speed-up and the PSNRs of some prompts, measured or else expected."""
         trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
-        speed = median(trials, "speedup")
+        speed = median(trials, "speedup") if trials else 0.0
         if len(trials) < 3:  # one pair of runs is noisier than the prediction
-            runs = self._first_runs()
-            speed = expect.speedup(candidate, runs, expect.early(runs))
-        return target.score(speed, target.decibels([each.psnr for each in trials]))
+            speed = expect.speedup(candidate, runs, weight)
+        return speed, [t.psnr for t in trials] or [expect.psnr(candidate, runs, weight)]
 
     # --- the result ----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from tiny_pipelines import built, run
 
 import accel
 from accel.calibrate_fit import candidates, fit, refine
-from accel.calibrate_replay import Replay
+from accel.calibrate_replay import USUAL, Replay
 from accel.optimal_steps import solver_strides
 
 CFG = accel.CfgCache(interval=3, start=0.1, low_gain=1.0, high_gain=1.0)
@@ -38,7 +38,7 @@ def test_the_error_is_the_drift_that_held_residuals_make(wan) -> None:
             stack = record.values[f"stack/{branch}"]
             drift += weight * scale * (stack[step - 1] - stack[step])
         largest = max(largest, float(drift.norm()))
-    expected = replay.module.gain * largest / replay.scale
+    expected = replay.module.gain * largest / float(replay.scales[USUAL])
     assert replay.predict(accel.PlainCycle(interval=2)).error == pytest.approx(expected, rel=1e-3)
 
 
