@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 FIRST, SECOND, LAST = 8, 4, 3
 """Candidates of the rungs: on the most typical prompt, on all recorded ones, on those held out."""
 GUIDED = 2
-"""Of the first rung, and after each further target in a folder: those that the runs before suggest."""
+"""Of the first rung, and for each further target in a folder: what the runs before suggest."""
 VALIDATION = 4
 
 
