@@ -16,18 +16,25 @@ PAGES = HERE.parent / "docs" / "methods"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 
 
-def rows() -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
-    """(row, its file's content) by class name, from all result files."""
-    found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+Row = tuple[dict[str, Any], dict[str, Any]]
+"""A row and the content of its file."""
+
+
+def rows() -> dict[str, list[Row]]:
+    """By class name, from all result files; of one model and setting the row of most prompts."""
+    found: dict[str, dict[tuple[str, str], Row]] = {}
     for file in sorted((HERE / "results").glob("*.json")):
         content = json.loads(file.read_text(encoding="utf-8"))
         for row in content.get("rows", []):
             if row.get("kind") == "accel" and "failed" not in row:
-                found.setdefault(row["name"].split("(")[0], []).append((row, content))
-    return found
+                mine = found.setdefault(row["name"].split("(")[0], {})
+                key = (content["plan"]["model"], row["name"])
+                if key not in mine or content["prompts"] > mine[key][1]["prompts"]:
+                    mine[key] = (row, content)
+    return {name: list(mine.values()) for name, mine in found.items()}
 
 
-def table(measured: list[tuple[dict[str, Any], dict[str, Any]]]) -> str:
+def table(measured: list[Row]) -> str:
     """Markdown, one line a row."""
     lines = [
         "Measured on the zoo, against the untouched run of the same seed (files and commands in",
