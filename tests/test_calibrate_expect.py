@@ -1,0 +1,44 @@
+"""What is expected of candidates: the runs so far correct predictions and weigh early errors."""
+
+import math
+
+import pytest
+
+import accel
+from accel import calibrate_expect as expect
+from accel.calibrate_fit import Candidate
+from accel.calibrate_replay import EARLY, USUAL, Prediction
+from accel.calibrate_trials import Trial
+
+DRIFTS = ((0.1, 0.2, 0.1), (0.03, 0.01, 0.05), (0.02, 0.05, 0.004), (0.001, 0.003, 0.01))
+
+
+def candidate(drifts: tuple[float, ...], interval: int = 2, speedup: float = 2.0) -> Candidate:
+    prediction = Prediction(drifts[USUAL], 0.5, 1.0, speedup, drifts=drifts)
+    return Candidate((accel.PlainCycle(interval=interval),), prediction)
+
+
+def run(psnr: float, speedup: float = 2.0) -> Trial:
+    return Trial(prompt=0, psnr=psnr, seconds=1.0, untouched_seconds=speedup, share=0.5)
+
+
+@pytest.mark.parametrize("weight", range(len(EARLY)))
+def test_the_weight_that_explains_the_runs_is_found(weight: int) -> None:
+    runs = [(candidate(each), run(7 - 20 * math.log10(each[weight]))) for each in DRIFTS]
+    assert expect.early(runs) == weight
+    unseen = candidate((0.01, 0.002, 0.03))
+    wanted = 7 - 20 * math.log10(unseen.prediction.drifts[weight])
+    assert expect.psnr(unseen, runs, weight) == pytest.approx(wanted)
+
+
+def test_few_runs_say_nothing_of_weights() -> None:
+    runs = [(candidate(each), run(7 - 20 * math.log10(each[0]))) for each in DRIFTS[:3]]
+    assert expect.early(runs) == USUAL == expect.early([])
+
+
+def test_speed_is_corrected_by_runs_of_the_same_kind() -> None:
+    other = Candidate((accel.EasyCache(),), candidate(DRIFTS[0]).prediction)
+    runs = [(candidate(each), run(30, speedup=1.8)) for each in DRIFTS[1:]]
+    runs.append((other, run(30, speedup=0.5)))
+    assert expect.speedup(candidate(DRIFTS[0]), runs, USUAL) == pytest.approx(1.8)
+    assert expect.speedup(candidate(DRIFTS[0]), [], USUAL) == 2.0
