@@ -6,6 +6,7 @@ hooks: no module is replaced and no weight of the host is touched.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +74,17 @@ class CrossHosts(nn.Module):
         self.key = nn.Parameter(torch.randn(hosts, width, width) * width**-0.5)
         self.value = nn.Parameter(torch.randn(hosts, width, width) * width**-0.5)
         self.out = nn.Parameter(torch.zeros(hosts, width, channels))
+        self.folded: tuple[Tensor, Tensor] | None = None
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """W_q·W_kᵀ and W_v·W_o of every host, (hosts, 1, width, channels): no input changes them."""
+        scores = self.query @ self.key.mT / self.key.shape[-1] ** 0.5
+        return scores[:, None].mT, (self.value @ self.out)[:, None]
 
     def condition(self, tokens: Tensor) -> list[tuple[Tensor, ...]]:
         """For every host, from E (b, length, width): (b, channels, length) and its transpose's."""
-        keys = tokens @ (self.query @ self.key.mT / tokens.shape[-1] ** 0.5)[:, None].mT
-        values = tokens @ (self.value @ self.out)[:, None]
-        return list(zip(keys.mT, values, strict=True))
+        to_keys, to_values = self.folded or self.fold()
+        return list(zip((tokens @ to_keys).mT, tokens @ to_values, strict=True))
 
     @staticmethod
     def apply_to(hidden: Tensor, condition: tuple[Tensor, ...]) -> Tensor:
@@ -133,6 +139,13 @@ class Adapters(nn.Module):
         """Guidance scale ω of the forwards to come, or one for each row (b,)."""
         self._conditions: dict[str, tuple[Tensor, ...]] = {}
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """The weights stay as they are: make their products once."""
+        for group in self.groups.values():
+            if isinstance(group, CrossHosts):
+                group.folded = group.fold()
+
     # --- the work of a forward -----------------------------------------------------------------
 
     def condition(self, timestep: Tensor, text: Tensor) -> None:
@@ -144,7 +157,7 @@ class Adapters(nn.Module):
         high = self.config.scales[1]
         scalars = (self.scale_encoder(scale / high), self.time_encoder(time))
         tokens = torch.cat((torch.stack(scalars, 1), self.text(text)), 1)
-        tokens = tokens + _positions(tokens.shape[1], tokens.shape[2]).to(tokens)
+        tokens = tokens + _positions(tokens.shape[1], tokens.shape[2], tokens.device).to(tokens)
         gain = ((scale - 1) / (high - 1))[:, None, None]
         for size, paths in self.paths.items():
             found = self.groups[str(size)].condition(tokens)  # type: ignore[operator]
@@ -238,8 +251,9 @@ def _by_channels(hosts: dict[str, int]) -> dict[int, list[str]]:
     return groups
 
 
-def _positions(length: int, width: int) -> Tensor:
+@functools.lru_cache(maxsize=8)
+def _positions(length: int, width: int, device: torch.device) -> Tensor:
     """Sinusoidal positions with period 10000, (length, width)."""
-    rates = 10000 ** (-torch.arange(0, width, 2) / width)
-    angles = torch.arange(length)[:, None] * rates
+    rates = 10000 ** (-torch.arange(0, width, 2, device=device) / width)
+    angles = torch.arange(length, device=device)[:, None] * rates
     return torch.cat((angles.sin(), angles.cos()), 1)[:, :width]

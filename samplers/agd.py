@@ -60,6 +60,7 @@ class AGD:
             raise AccelError("AGD adapters are for one denoiser; this pipeline has two")
         adapters = Adapters.load(trained_folder.find(self.adapters, denoiser.module, "agd", TRAIN))
         adapters.to(denoiser.module.device)
+        adapters.freeze()
         branches = guide(denoiser, lambda: _OneBranch(denoiser, adapters), "AGD")
         try:
             hooks = adapters.attach(denoiser.module, denoiser.names)

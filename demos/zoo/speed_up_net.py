@@ -169,8 +169,10 @@ def score(part: str, seeds: int) -> dict[str, Any]:
             seeds,
         )
     }
-    ratios = [_seconds(full, many) / _seconds(fast, four) for _ in range(9)]
-    result["speedup"] = {"median": statistics.median(ratios), "all": sorted(ratios)}
+    for batch in (1, 8):
+        ratios = [_seconds(full, many, batch) / _seconds(fast, four, batch) for _ in range(9)]
+        times = {"median": statistics.median(ratios), "all": sorted(ratios)}
+        result[f"speedup, {batch} at once"] = times
     result["negative"] = negative_acts(fast, full, four, many, part)
     return result
 
@@ -206,9 +208,9 @@ def negative_acts(
     }
 
 
-def _seconds(pipe: Any, arguments: dict[str, Any]) -> float:
+def _seconds(pipe: Any, arguments: dict[str, Any], batch: int) -> float:
     began = time.perf_counter()
-    pipe(prompt="cat on a gray background", output_type="pt", **arguments)
+    pipe(prompt=["cat on a gray background"] * batch, output_type="pt", **arguments)
     return time.perf_counter() - began
 
 

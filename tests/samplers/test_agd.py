@@ -99,6 +99,9 @@ def test_the_folded_products_are_attention() -> None:
     torch.nn.init.normal_(group.out)
     tokens, hidden = torch.randn(3, 5, 4), torch.randn(3, 7, 6)
     conditions = group.condition(tokens)
+    group.folded = group.fold()
+    for made, known in zip(group.condition(tokens), conditions, strict=True):
+        assert all(torch.equal(*pair) for pair in zip(made, known, strict=True))
     for index, condition in enumerate(conditions):
         query, key = hidden @ group.query[index], tokens @ group.key[index]
         value = tokens @ group.value[index]
