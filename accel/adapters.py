@@ -77,7 +77,7 @@ class CrossHosts(nn.Module):
         self.folded: tuple[Tensor, Tensor] | None = None
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """W_q·W_kᵀ and W_v·W_o of every host, (hosts, 1, width, channels): no input changes them."""
+        """W_q·W_kᵀ and W_v·W_o of every host, (hosts, 1, width, channels), without any input."""
         scores = self.query @ self.key.mT / self.key.shape[-1] ** 0.5
         return scores[:, None].mT, (self.value @ self.out)[:, None]
 
