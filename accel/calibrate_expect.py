@@ -46,10 +46,14 @@ def psnr(candidate: Candidate, runs: Runs, weight: int) -> float:
     return decibels(candidate, weight) + offset
 
 
-def speedup(candidate: Candidate, runs: Runs, weight: int) -> float:
-    """The predicted speed-up, corrected by the runs of the candidates most like it."""
-    near = _nearest(candidate, runs, weight)
-    ratios = [trial.speedup / each.prediction.speedup for each, trial in near]
+def speedup(candidate: Candidate, runs: Runs) -> float:
+    """The predicted speed-up, corrected by all runs of its kind, or else by all there are.
+
+    Single pairs of runs differ by more than what the prediction is off by.
+    """
+    kinds = _kinds(candidate)
+    own = [run for run in runs if _kinds(run[0]) == kinds] or runs
+    ratios = [trial.speedup / each.prediction.speedup for each, trial in own]
     return candidate.prediction.speedup * (statistics.median(ratios) if ratios else 1.0)
 
 

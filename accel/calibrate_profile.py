@@ -35,9 +35,9 @@ class PromptProfile:
 
     `seconds`: totals of the run, of the denoiser's calls and of the chain in them, without what
     recording took. `guidance` is the scale w of u + w·(c − u); `fingerprint` names the weights,
-    `prediction` what the denoiser predicts (see `StepClock`). `probes`: medians of what calls cost
-    and gave that were made in other ways; `measured`: variants with what they measured in the run,
-    as JSON (see `accel.calibrate_probe`).
+    `prediction` what the denoiser predicts (see `StepClock`). `probes`: what calls that were made
+    in other ways cost at most and erred in the median; `measured`: variants with what they measured
+    in the run, as JSON (see `accel.calibrate_probe`).
     """
 
     fingerprint: str
@@ -297,7 +297,7 @@ def _record(
         seconds={**record.seconds, "run": total - record.seconds["recording"]},
         values=values,
         probes={
-            name: (statistics.median(s for s, _ in seen), statistics.median(e for _, e in seen))
+            name: (max(s for s, _ in seen), statistics.median(e for _, e in seen))
             for name, seen in record.probes.items()
         },
         measured=tuple(key(each) for each in measured),

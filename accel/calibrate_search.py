@@ -174,9 +174,14 @@ class _Search:
 
         The first reaches the target there; each further one has more to spare on other prompts.
         """
-        runs = self._first_runs()
-        weight = expect.early(runs)
-        known = {each.key: self._known(each, prompts, runs, weight) for each in several}
+        first = self._first_runs()
+        runs = first if prompts == [self.first] else self._runs(prompts)
+        weight = expect.early(first)
+        known: dict[str, tuple[float, list[float]]] = {}
+        for each in several:
+            measured = [one.psnr for one in self.trials.of(each) if one.prompt in prompts]
+            decibels = measured or [expect.psnr(each, first, weight)]
+            known[each.key] = (expect.speedup(each, runs), decibels)
         left, chosen = {each.key: each for each in several}, list[Candidate]()
         while left and len(chosen) < count:
             target = self.target.safer(_TO_SPARE * len(chosen))
@@ -227,16 +232,15 @@ class _Search:
                 keys.setdefault(each.key, each)
         return list(keys.values())
 
-    def _first_runs(self) -> list[tuple[Candidate, Trial]]:
-        """The first rung's runs, in the order in which they were made."""
+    def _runs(self, prompts: Sequence[int]) -> list[tuple[Candidate, Trial]]:
+        """Every run of some prompts, in the order in which they were made."""
         known = {each.key: each for each in self.all}
-        runs = [
-            (known[key], trial)
-            for key, trials in self.trials.found.items()
-            for trial in trials
-            if trial.prompt == self.first
-        ]
-        return runs[: self.enough]
+        found = self.trials.found.items()
+        return [(known[key], one) for key, each in found for one in each if one.prompt in prompts]
+
+    def _first_runs(self) -> list[tuple[Candidate, Trial]]:
+        """The first rung's."""
+        return self._runs([self.first])[: self.enough]
 
     def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
         """By the predictions, corrected by what was run so far."""
@@ -244,20 +248,10 @@ class _Search:
         weight = expect.early(runs)
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
-            speed = expect.speedup(candidate, runs, weight)
+            speed = expect.speedup(candidate, runs)
             return self.target.score(speed, expect.psnr(candidate, runs, weight))
 
         return max(several, key=rank)
-
-    def _known(
-        self, candidate: Candidate, prompts: list[int], runs: expect.Runs, weight: int
-    ) -> tuple[float, list[float]]:
-        """The speed-up and the PSNRs of some prompts, measured or else expected."""
-        trials = [each for each in self.trials.of(candidate) if each.prompt in prompts]
-        speed = median(trials, "speedup") if trials else 0.0
-        if len(trials) < 3:  # one pair of runs is noisier than the prediction
-            speed = expect.speedup(candidate, runs, weight)
-        return speed, [t.psnr for t in trials] or [expect.psnr(candidate, runs, weight)]
 
     # --- the result ----------------------------------------------------------------------------
 

@@ -51,10 +51,13 @@ def test_a_recipe_with_its_evidence(tmp_path) -> None:
     speeds = [choice.speedup for choice in found.front]
     qualities = [choice.psnr for choice in found.front]
     assert speeds == sorted(speeds, reverse=True) and qualities == sorted(qualities)
+    shares = []
     with accel.patched(tiny.pipe, recipe=recipe):
-        tiny.pipe(**tiny.call, generator=torch.Generator().manual_seed(0))
-        share = accel.stats(tiny.pipe).share_computed
-    assert share == pytest.approx(row["share_computed"], abs=1e-6)
+        for seed in (2, 3):  # the prompts that took no part
+            call = {**call_of(tiny), "prompt": PROMPTS[seed]}
+            tiny.pipe(**call, generator=torch.Generator().manual_seed(seed))
+            shares.append(accel.stats(tiny.pipe).share_computed)
+    assert statistics.median(shares) == pytest.approx(row["share_computed"], abs=1e-6)
     again = calibrated(tmp_path / "runs")
     assert again.generations == found.generations  # nothing is run twice
     assert again.recipe.entries == found.recipe.entries
