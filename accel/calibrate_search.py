@@ -177,11 +177,16 @@ class _Search:
         first = self._first_runs()
         runs = first if prompts == [self.first] else self._runs(prompts)
         weight = expect.early(first)
-        known: dict[str, tuple[float, list[float]]] = {}
-        for each in several:
-            measured = [one.psnr for one in self.trials.of(each) if one.prompt in prompts]
-            decibels = measured or [expect.psnr(each, first, weight)]
-            known[each.key] = (expect.speedup(each, runs), decibels)
+        measured: dict[str, list[float]] = {}
+        for each, trial in runs:
+            measured.setdefault(each.key, []).append(trial.psnr)
+        known = {
+            each.key: (
+                expect.speedup(each, runs),
+                measured.get(each.key) or [expect.psnr(each, first, weight)],
+            )
+            for each in several
+        }
         left, chosen = {each.key: each for each in several}, list[Candidate]()
         while left and len(chosen) < count:
             target = self.target.safer(_TO_SPARE * len(chosen))
