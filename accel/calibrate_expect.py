@@ -14,6 +14,7 @@ _NEAREST = 3
 """Runs that a prediction is corrected by."""
 _FEWEST = 4
 """Runs that tell something of weights."""
+_UNBIASED = 2
 _UNKNOWN_OFFSET = 0.0
 """dB at a predicted error of 1 before any run; medians from −6 to 12 on the zoo."""
 
@@ -49,12 +50,16 @@ def psnr(candidate: Candidate, runs: Runs, weight: int) -> float:
 def speedup(candidate: Candidate, runs: Runs) -> float:
     """The predicted speed-up, corrected by all runs of its kind, or else by all there are.
 
-    Single pairs of runs differ by more than what the prediction is off by.
+    By the median prompt: all runs of a prompt share the noise of its untouched run, which is more
+    than what predictions are off by. So these count as `_UNBIASED` prompts too.
     """
     kinds = _kinds(candidate)
-    own = [run for run in runs if _kinds(run[0]) == kinds] or runs
-    ratios = [trial.speedup / each.prediction.speedup for each, trial in own]
-    return candidate.prediction.speedup * (statistics.median(ratios) if ratios else 1.0)
+    prompts: dict[int, list[float]] = {}
+    for each, trial in [run for run in runs if _kinds(run[0]) == kinds] or runs:
+        ratio = trial.speedup / each.prediction.speedup
+        prompts.setdefault(trial.prompt, []).append(ratio)
+    ratios = [*map(statistics.median, prompts.values()), *[1.0] * _UNBIASED]
+    return candidate.prediction.speedup * statistics.median(ratios)
 
 
 def _nearest(candidate: Candidate, runs: Runs, weight: int) -> list[tuple[Candidate, Trial]]:

@@ -176,20 +176,21 @@ class _Search:
         """
         first = self._first_runs()
         runs = first if prompts == [self.first] else self._runs(prompts)
+        timed = runs if prompts != self.validation else self._runs(self.tuning + prompts)
         weight = expect.early(first)
         measured: dict[str, list[float]] = {}
         for each, trial in runs:
             measured.setdefault(each.key, []).append(trial.psnr)
         known = {
             each.key: (
-                expect.speedup(each, runs),
+                expect.speedup(each, timed),
                 measured.get(each.key) or [expect.psnr(each, first, weight)],
             )
             for each in several
         }
         left, chosen = {each.key: each for each in several}, list[Candidate]()
         while left and len(chosen) < count:
-            target = self.target.safer(_TO_SPARE * len(chosen))
+            target = self.target.safer(len(chosen))
 
             def rank(key: str, target: Target = target) -> tuple[bool, float]:
                 speed, decibels = known[key]
@@ -338,8 +339,6 @@ class _Search:
 
 _MARGIN = 1.5
 """Of the guard's limit over what was seen."""
-_TO_SPARE = 2.0
-"""dB."""
 
 
 def _beats(one: Choice, other: Choice) -> bool:

@@ -14,6 +14,8 @@ _SPREAD = 1.3
 """Standard deviations below the mean that a wanted PSNR must hold at: 90 % of prompts."""
 _ENOUGH = 0.97
 """Of a wanted speed-up: what counts as reached, because pairs of runs differ by as much."""
+_SPARE_DECIBELS, _SPARE_SPEED = 2.0, 0.04
+"""What each further candidate has to spare: dB, or a share of the wanted speed."""
 _UNKNOWN_SPREAD = 3.0
 """dB, while there is one run alone."""
 
@@ -54,9 +56,11 @@ class Target:
             return statistics.median(values) - (spread or 0.0) / math.sqrt(len(values))
         return statistics.fmean(values) - _SPREAD * (spread or _UNKNOWN_SPREAD)
 
-    def safer(self, decibels: float) -> Target:
-        """The same with a higher wanted PSNR, if one is wanted."""
-        return self if self.psnr is None else replace(self, psnr=self.psnr + decibels)
+    def safer(self, rank: int) -> Target:
+        """The same with something to spare, more for each further of several candidates."""
+        if self.psnr is not None:
+            return replace(self, psnr=self.psnr + rank * _SPARE_DECIBELS)
+        return replace(self, speedup=(self.speedup or 1.0) * (1 + rank * _SPARE_SPEED))
 
     def score(self, speedup: float, psnr: float) -> tuple[bool, float]:
         """Larger is better: reaching the target first, then what is free to choose."""

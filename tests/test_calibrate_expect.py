@@ -1,6 +1,7 @@
 """What is expected of candidates: the runs so far correct predictions and weigh early errors."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -36,9 +37,20 @@ def test_few_runs_say_nothing_of_weights() -> None:
     assert expect.early(runs) == USUAL == expect.early([])
 
 
-def test_speed_is_corrected_by_runs_of_the_same_kind() -> None:
+def test_speed_is_corrected_by_the_median_prompt_of_its_kind() -> None:
+    """The untouched run of prompt 0 was slow, and predictions count as two prompts."""
     other = Candidate((accel.EasyCache(),), candidate(DRIFTS[0]).prediction)
-    runs = [(candidate(each), run(30, speedup=1.8)) for each in DRIFTS[1:]]
-    runs.append((other, run(30, speedup=0.5)))
+    runs = [(candidate(each), run(30, speedup=3.8)) for each in DRIFTS]
+    assert (
+        expect.speedup(
+            candidate(DRIFTS[0]),
+            [],
+        )
+        == 2.0
+    )
+    assert expect.speedup(candidate(DRIFTS[0]), runs) == 2.0
+    for prompt in range(1, 5):
+        runs.append((candidate(DRIFTS[1]), replace(run(30, speedup=1.8), prompt=prompt)))
+        runs.append((other, replace(run(30, speedup=0.5), prompt=prompt)))
     assert expect.speedup(candidate(DRIFTS[0]), runs) == pytest.approx(1.8)
-    assert expect.speedup(candidate(DRIFTS[0]), []) == 2.0
+    assert expect.speedup(other, runs) == pytest.approx(0.5)
