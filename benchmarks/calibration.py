@@ -30,8 +30,18 @@ SINGLES: list[Any] = [
     *(accel.EasyCache(threshold=threshold) for threshold in (0.05, 0.1, 0.2)),
     accel.PlainCycle(interval=8, warmup=3, reuse=accel.Newton(1)),
     *(
-        accel.PlainCycle(interval=interval, warmup=3, reuse=accel.Newton(1), whole=True)
-        for interval in (5, 6, 7, 8, 10)
+        accel.PlainCycle(interval=interval, warmup=warmup, reuse=accel.Newton(1), whole=True)
+        for interval, warmup in (
+            (5, 3),
+            (6, 3),
+            (7, 3),
+            (8, 3),
+            (8, 2),
+            (10, 3),
+            (10, 2),
+            (12, 3),
+            (15, 2),
+        )
     ),
     *(accel.DPCache(share=share) for share in (0.2, 0.12)),
     *(accel.DPCache(share=share, whole=True) for share in (0.2, 0.15, 0.12, 0.1)),

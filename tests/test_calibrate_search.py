@@ -138,7 +138,13 @@ def test_targets_count_the_median_or_nine_of_ten() -> None:
     balanced = Target.of(None, None, "balanced")
     assert balanced.decibels([32.0]) == balanced.decibels([32.0] * 5) == 32
     assert balanced.decibels(values) == pytest.approx(32 - statistics.stdev(values) / 3**0.5)
-    assert Target.of(None, 30.0, None).decibels(values) < 30
+    sure = Target.of(None, 30.0, None)
+    assert sure.decibels(values) < 30
+    spread = statistics.stdev(values)
+    for count, factor in ((20, 1.33 * 1.05**0.5), (5, 1.53 * 1.2**0.5)):  # Student's t at 90 %
+        several = [30.0 + spread * (-1) ** k for k in range(count)]
+        limit = statistics.fmean(several) - factor * statistics.stdev(several)
+        assert sure.decibels(several) == pytest.approx(limit, abs=0.3)
     wanted = Target.of(3.0, None, None)
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
     assert wanted.score(3.1, 31) > wanted.score(3.1, 30)
