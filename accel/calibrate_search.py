@@ -146,14 +146,14 @@ class _Search:
     def _finals(self) -> list[Candidate]:
         """Fewer candidates on more prompts; the last on the prompts that took no part."""
         every = self.all if self.validation else self._tried()
-        best = self._best(every, [self.first], SECOND)
+        best = self._best(every, [[self.first]], SECOND)
         for prompt in self.tuning:
             for candidate in best:
                 if not self.deadline.over:
                     self.trials.run(candidate, prompt)
         if not self.validation:
             return self._tried()
-        last = self._best(best, self.tuning, LAST)
+        last = self._best(best, [self.tuning], LAST)
         for prompt in self.validation:
             for candidate in last:
                 self.trials.run(candidate, prompt)
@@ -168,36 +168,42 @@ class _Search:
         return self.deadline.over and bool(self._tried())
 
     def _best(
-        self, several: Sequence[Candidate], prompts: list[int], count: int
+        self, several: Sequence[Candidate], groups: Sequence[list[int]], count: int
     ) -> list[Candidate]:
-        """By the runs on some prompts, or by what is expected of candidates without.
+        """By the runs on groups of prompts, or by what is expected of candidates without.
 
-        The first reaches the target there; each further one has more to spare on other prompts.
+        What is wanted must hold in each group. The first that is chosen reaches the target there;
+        each further one has more to spare on other prompts.
         """
-        first = self._first_runs()
-        runs = first if prompts == [self.first] else self._runs(prompts)
-        timed = runs if prompts != self.validation else self._runs(self.tuning + prompts)
-        weight = expect.early(first)
-        measured: dict[str, list[float]] = {}
-        for each, trial in runs:
-            measured.setdefault(each.key, []).append(trial.psnr)
-        known = {
-            each.key: (
-                expect.speedup(each, timed),
-                measured.get(each.key) or [expect.psnr(each, first, weight)],
-            )
-            for each in several
-        }
         left, chosen = {each.key: each for each in several}, list[Candidate]()
+        known = [self._known(several, prompts) for prompts in groups]
         while left and len(chosen) < count:
             target = self.target.safer(len(chosen))
 
             def rank(key: str, target: Target = target) -> tuple[bool, float]:
-                speed, decibels = known[key]
-                return target.score(speed, target.decibels(decibels))
+                decibels = min(target.decibels(each[key][1]) for each in known)
+                return target.score(known[-1][key][0], decibels)
 
             chosen.append(left.pop(max(left, key=rank)))
         return chosen
+
+    def _known(
+        self, several: Sequence[Candidate], prompts: list[int]
+    ) -> dict[str, tuple[float, list[float]]]:
+        """By key the speed-up that is expected, and PSNRs: measured, or else an expected one.
+
+        Of the most typical prompt the first rung's runs alone, so that later ones change no choice.
+        """
+        first = self._first_runs()
+        runs = first if prompts == [self.first] else self._runs(prompts)
+        weight, measured = expect.early(first), dict[str, list[float]]()
+        for each, trial in runs:
+            measured.setdefault(each.key, []).append(trial.psnr)
+        found = {}
+        for each in several:
+            decibels = measured.get(each.key) or [expect.psnr(each, first, weight)]
+            found[each.key] = (expect.speedup(each, runs), decibels)
+        return found
 
     def _guided_runs(self) -> None:
         """Run what the predictions, corrected by all runs so far, say is best."""
@@ -265,7 +271,7 @@ class _Search:
         rows = {each.key: self._evidence(each) for each in chosen}
         validated = all(self._is_validated(each) for each in chosen)
         every = list(range(len(self.trials.prompts)))
-        (best,) = self._best(chosen, self.validation if validated else every, 1)
+        (best,) = self._best(chosen, [self.validation, every] if validated else [every], 1)
         front = [
             Choice(
                 entries=Recipe.of(each.methods).entries,
