@@ -62,7 +62,7 @@ class Target:
         if spread is None:
             return values[0] - _SPREAD * _UNKNOWN_SPREAD
         count = len(values)
-        factor = _SPREAD * (1 + (_SPREAD**2 + 1) / (4 * (count - 1))) * math.sqrt(1 + 1 / count)
+        factor = student(_SPREAD, count - 1) * math.sqrt(1 + 1 / count)
         return statistics.fmean(values) - factor * spread
 
     def safer(self, rank: int) -> Target:
@@ -78,3 +78,9 @@ class Target:
             return (reached, speedup if reached else psnr)
         reached = speedup >= _ENOUGH * self.speedup
         return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
+
+
+def student(z: float, freedom: int) -> float:
+    """The quantile of Student's t where the normal distribution's is z (Cornish and Fisher)."""
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return z + (z**3 + z) / (4 * freedom) + second
