@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from accel.choosing import QUALITIES
 from accel.method import AccelError, is_number
 
-_SPREAD = 1.64
+_SPREAD = 1.645
 """Standard deviations below the mean that a wanted PSNR must hold at.
 
 That is 95 % of prompts: nine of ten keep it also when the luckiest of several was chosen.

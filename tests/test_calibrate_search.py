@@ -144,7 +144,7 @@ def test_targets_count_the_median_or_nine_of_ten() -> None:
     for count, factor in ((20, 1.729 * 1.05**0.5), (5, 2.132 * 1.2**0.5)):  # Student's t at 95 %
         several = [30.0 + spread * (-1) ** k for k in range(count)]
         limit = statistics.fmean(several) - factor * statistics.stdev(several)
-        assert sure.decibels(several) == pytest.approx(limit, abs=0.1)
+        assert sure.decibels(several) == pytest.approx(limit, abs=0.04 * spread)
     wanted = Target.of(3.0, None, None)
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
     assert wanted.score(3.1, 31) > wanted.score(3.1, 30)
