@@ -18,7 +18,7 @@ SAID = {
     "compare_methods": r"(.|\n)*accel: Spectrum\(\) +\d\.\d\dx",
     "lora": r"(.|\n)*'unet/sepia': 'C.*'unet/trophy': 'C",
     "own_model": r"largest change: 0\.\d+ methods +FirstBlockCache\nshare computed  [1-8]\d\.",
-    "patch_image": r"(.|\n)*PSNR [34]\d\.\d dB, SSIM (0\.9|1)",
+    "patch_image": r"(.|\n)*PSNR (2[5-9]|[34]\d)\.\d dB, SSIM (0\.9|1)",
     "patch_video": r"(.|\n)*[2-6]\d% of the blocks were computed",
     "stream": r"wrote 24 pictures",
 }

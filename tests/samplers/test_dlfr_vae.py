@@ -94,8 +94,8 @@ def test_tiles_and_slices(thresholds) -> None:
     decoded = dlfr.decode(latents, rates)
     model.enable_slicing()
     try:
-        assert torch.allclose(dlfr.encode(video)[0], latents, atol=1e-5)
-        assert torch.allclose(dlfr.decode(latents, rates), decoded, atol=1e-5)
+        assert torch.allclose(dlfr.encode(video)[0], latents, atol=1e-4)
+        assert torch.allclose(dlfr.decode(latents, rates), decoded, atol=1e-4)
     finally:
         model.disable_slicing()
     model.enable_tiling(12, 12, 8, 8)
