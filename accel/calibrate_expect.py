@@ -15,6 +15,7 @@ _NEAREST = 3
 _FEWEST = 4
 """Runs that tell something of weights."""
 _UNBIASED = 2
+"""Prompts that the bare prediction of a speed counts as."""
 _UNKNOWN_OFFSET = 0.0
 """dB at a predicted error of 1 before any run; medians from −6 to 12 on the zoo."""
 

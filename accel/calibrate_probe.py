@@ -35,7 +35,7 @@ SCALES = (0.5,)
 """Of rows and columns: the sizes that calls are timed at."""
 SHARES = (0.5, 0.3)
 """Of the key blocks: what block-sparse attention that can be fitted is fitted to keep."""
-_BRANCH = Branch("probe", 0)
+BRANCH = Branch("probe", 0)
 _REPEATS = 2
 
 Probe = tuple[float, float]
@@ -73,7 +73,7 @@ def probe(
     `run(branch, args, kwargs)` calls the denoiser. Methods and sizes that the model does not take
     are left out. The denoiser is as before afterwards.
     """
-    call = partial(run, _BRANCH)
+    call = partial(run, BRANCH)
     plain = partial(call, args, kwargs)
     seconds, expected = _timed(plain)
     found: dict[str, Probe] = {}
@@ -97,11 +97,7 @@ def probe(
 
 
 def block_maps(
-    denoiser: Denoiser,
-    run: Callable[[Branch, Any, Any], Any],
-    args: Any,
-    kwargs: Any,
-    methods: Sequence[Method],
+    denoiser: Denoiser, call: Callable[[], Any], methods: Sequence[Method]
 ) -> dict[str, Tensor]:
     """Block-wise attention of a call by layer, as the first of `methods` that looks at it does."""
     maps: dict[str, Tensor] = {}
@@ -109,7 +105,7 @@ def block_maps(
         watch = getattr(method, "watch", None)
         if watch is not None and not maps:
             with contextlib.suppress(AccelError), removed(watch(denoiser, maps)):
-                run(_BRANCH, args, kwargs)
+                call()
     return maps
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from accel.calibrate_probe import PLACES, Probe, block_maps, fitted, now, probe
+from accel.calibrate_probe import BRANCH, PLACES, Probe, block_maps, fitted, now, probe
 from accel.family import Arguments
 from accel.guidance import is_doubled
 from accel.hooks import override
@@ -168,7 +168,7 @@ class _Watch:
         began = time.perf_counter()
         self.probing = True
         try:
-            maps = block_maps(self.denoiser, run, args, kwargs, variants)
+            maps = block_maps(self.denoiser, partial(run, BRANCH, args, kwargs), variants)
             for name, each in maps.items():
                 self.record.put("map", name, each)
             if not self.tried:  # the same at every place
