@@ -42,7 +42,7 @@ all bounds together, by that factor."""
 _LAYERED = {"smoothcache", "blockcaching", "foresight", "bac", "unicp", "adacache"}
 _GUIDANCE = ((3, 0.1), (5, 0.1), (10, 0.1), (5, 0.3), (10, 0.3), (20, 0.1))
 _INTERVALS = (2, 3, 4, 5, 6, 8, 10, 12)
-_SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06)
+_SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06, 0.04)
 _FINE = (0.35, 0.28, 0.26, 0.24, 0.22, 0.18)
 """More shares for FitCache: a step more or less is a tenth of the speed-up at five times."""
 
@@ -217,12 +217,15 @@ def schedules(profile: Profile) -> list[Method]:
 
 def _fitted(profile: Profile) -> list[Method]:
     """FitCache for each share, its weights fitted to all recorded prompts together."""
-    fitcache, first = registry.method("fitcache"), profile.prompts[0]
-    each = [prompt.products() for prompt in profile.prompts]
-    products = [np.sum(branch, axis=0) for branch in zip(*each, strict=True)]
+    first = profile.prompts[0]
+    products = np.sum([prompt.products() for prompt in profile.prompts], axis=0)
     strides = solver_strides(first.log_snr, first.prediction)
-    pairs = itertools.product((*_SHARES, *_FINE), EARLY)
-    return list({fitcache.fitted(*pair, products, strides): None for pair in pairs})
+    found = [
+        registry.method("fitcache").fitted((*_SHARES, *_FINE), early, across, products, strides)
+        for across in (False, True)[: 1 + first.guided]
+        for early in EARLY
+    ]
+    return [each for several in found for each in several]
 
 
 def _cycles() -> list[Method]:

@@ -81,18 +81,15 @@ class PromptProfile:
         found: NDArray[np.float64] = (wide @ wide.T).numpy()
         return found
 
-    def products(self) -> list[NDArray[np.float64]]:
-        """For each branch as the model is called: what `accel.optimal_steps.fitted_weights` takes.
-
-        Branches that ride in one call are summed: one forecast is for both.
-        """
-        found = []
-        for branch in ("cond", "uncond")[: 1 + self.guided]:
-            latent = self.values[f"latent/{branch}"].double()
-            residual = self.values[f"prediction/{branch}"].double() - latent
-            both = torch.cat((residual, latent))
-            found.append((both @ both.T).numpy())
-        return [np.sum(found, axis=0)] if self.batched else found
+    def products(self) -> NDArray[np.float64]:
+        """What `accel.optimal_steps.fitted_weights` takes; the conditional branch is the first."""
+        latent = self.values["latent/cond"].double()
+        branches = ("cond", "uncond")[: 1 + self.guided]
+        residuals = [self.values[f"prediction/{each}"].double() - latent for each in branches]
+        every = torch.cat((*residuals, latent))
+        shape = (len(branches) + 1, self.steps) * 2
+        found: NDArray[np.float64] = (every @ every.T).numpy().reshape(shape)
+        return found
 
     def lagged_error(self, site: str, lag: int, branch: str = "cond") -> NDArray[np.float64]:
         """‖F(i) − F(i+lag)‖ / ‖F(i+lag)‖ for each step i, estimated, (steps − lag,)."""

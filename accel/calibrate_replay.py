@@ -27,9 +27,9 @@ from accel.optimal_steps import solver_strides
 if TYPE_CHECKING:
     from torch import Tensor
 
-EARLY = (0.0, 1.0, 2.0)
+EARLY = (-1.0, 0.0, 1.0, 2.0, 3.0)
 """Errors of the beginning weigh e^early times those of the end; which is right differs by model."""
-USUAL = 1
+USUAL = 2
 """Which of them ranks best on all zoo models together."""
 
 

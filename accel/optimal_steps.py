@@ -69,45 +69,58 @@ def cheapest_path(until: Costs, computes: int, minimax: bool = False) -> list[in
 
 
 def fitted_weights(
-    products: Costs, older: int, newer: int, steps: Sequence[int]
+    products: Costs,
+    branch: int,
+    sources: Sequence[int],
+    pair: tuple[int, int],
+    steps: Sequence[int],
 ) -> NDArray[np.float64]:
-    """Weights (steps, 3) of two residuals and of the latent at hand, nearest in least squares.
+    """Weights (steps, 2·sources + 1) of residuals and of the latent at hand, by least squares.
 
-    The residual of each of `steps` is approached by those of steps `older` and `newer` and by its
-    own latent; when both are one step, the older's weight is 0. `products` (2·N, 2·N): inner
-    products of all N residuals, then of all N latents, of one run or summed over several.
+    The residual of `branch` at each of `steps` is approached by those of the branches `sources` at
+    the older and the newer step of `pair`, in this order source by source, and by its own latent;
+    when both are one step, the older's weight is 0. `products` (B + 1, N, B + 1, N): inner products
+    of all residuals of B branches at N steps, then of the latents, of one run or summed over
+    several.
     """
-    count = len(products) // 2
-    first = [[newer] if older == newer else [older, newer]] * len(steps)
-    known = np.array([[*pair, count + step] for pair, step in zip(first, steps, strict=True)])
-    inner = products[known[:, :, None], known[:, None, :]]
+    count = products.shape[1]
+    flat = products.reshape(len(products) * count, -1)
+    older, newer = pair
+    first = [source * count + step for source in sources for step in (older, newer)]
+    newest = [*range(1, len(first), 2), len(first)]
+    used = newest if older == newer else [*range(len(first) + 1)]
+    known = np.array([[*first, flat.shape[1] - count + step] for step in steps])[:, used]
+    inner = flat[known[:, :, None], known[:, None, :]]
     size = np.sqrt(np.maximum(np.diagonal(inner, axis1=1, axis2=2), 1e-300))
-    scaled = inner / (size[:, :, None] * size[:, None, :]) + _RIDGE * np.eye(known.shape[1])
-    wanted = products[known, np.array(steps)[:, None]] / size
-    weights: NDArray[np.float64] = np.linalg.solve(scaled, wanted[:, :, None])[:, :, 0] / size
-    return weights if older != newer else np.pad(weights, ((0, 0), (1, 0)))
+    scaled = inner / (size[:, :, None] * size[:, None, :]) + _RIDGE * np.eye(len(used))
+    wanted = flat[known, branch * count + np.array(steps)[:, None]] / size
+    weights = np.zeros((len(known), len(first) + 1))
+    weights[:, used] = np.linalg.solve(scaled, wanted[:, :, None])[:, :, 0] / size
+    return weights
 
 
-def drift_costs(products: Costs, strides: Costs) -> Costs:
+def drift_costs(products: Costs, branch: int, sources: Sequence[int], strides: Costs) -> Costs:
     """Squared drift of the latent over a gap that is forecast with `fitted_weights`.
 
     Entry [i, j, n] (N, N, N + 1) is ‖Σ strideₛ·errorₛ‖² over the steps s between j and n: how far
     the solver ends up from where it would be, errors of one sign adding up. i = j only at step 0.
     """
     count = len(strides)
+    flat = products.reshape(len(products) * count, -1)
     costs = np.zeros((count, count, count + 1))
     for newer in range(count - 1):
         after = np.arange(newer + 1, count)
+        rows = np.arange(len(after))
         for older in range(newer) if newer else (0,):
-            weights = fitted_weights(products, older, newer, after.tolist())
-            error = np.zeros((len(after), 2 * count))
-            rows = np.arange(len(after))
-            error[rows, after] = 1
-            error[:, older] -= weights[:, 0]
-            error[:, newer] -= weights[:, 1]
-            error[rows, count + after] = -weights[:, 2]
+            weights = fitted_weights(products, branch, sources, (older, newer), after.tolist())
+            error = np.zeros((len(after), len(flat)))
+            error[rows, branch * count + after] = 1
+            for number, source in enumerate(sources):
+                error[:, source * count + older] -= weights[:, 2 * number]
+                error[:, source * count + newer] -= weights[:, 2 * number + 1]
+            error[rows, len(flat) - count + after] = -weights[:, -1]
             drift = np.cumsum(error * strides[after, None], axis=0)
-            costs[older, newer, newer + 2 :] = ((drift @ products) * drift).sum(axis=1)
+            costs[older, newer, newer + 2 :] = ((drift @ flat) * drift).sum(axis=1)
     return np.maximum(costs, 0.0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from accel.caches.approximators import HoldResidual, Newton
-from accel.caches.products import Compute, Products
+from accel.caches.products import Compute, Products, scheduled
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_number
@@ -76,12 +76,12 @@ class DPCache:
         found, products = list(self.schedule or ()), Products()
 
         def settle() -> None:
-            if not found and products.run == denoiser.clock.completed and len(products.rows) > 1:
+            if not found and products.run == denoiser.clock.completed and len(products.places) > 1:
                 line = not isinstance(self.reuse, HoldResidual)
-                costs = forecast_costs(products.matrix(), line)
+                costs = forecast_costs(products.gram.matrix(), line)
                 computes = max(round(self.share * len(costs)), 2)
                 steps = best_steps(costs, computes, self.objective == "max")
-                found.extend(products.schedule(steps))
+                found.extend(scheduled(products.total, products.places, steps))
 
         def policy(branch: Branch) -> Table | Products | Compute:
             settle()

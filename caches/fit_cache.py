@@ -8,12 +8,15 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from accel.caches.approximators import Newton
-from accel.caches.histories import combine
-from accel.caches.products import Compute, Products
+from accel.caches.products import BranchProducts, Compute, scheduled
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
+from accel.guidance import is_doubled
+from accel.kernels.weighted_sum import weighted_sum
 from accel.method import AccelError, Handle, check, is_number
 from accel.model_calls import latent_like
 from accel.optimal_steps import (
@@ -27,7 +30,7 @@ from accel.site import Branch, Computed, Signals, StepContext, Streams
 
 logger = logging.getLogger(__name__)
 
-Weights = tuple[tuple[tuple[float, float, float], ...], ...]
+Weights = tuple[tuple[tuple[float, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -36,23 +39,27 @@ class FitCache:
 
     Of this library, not of a paper. At a skipped step the residual (prediction minus latent) is
     a·Rᵢ + b·Rⱼ + c·x of the last two computed ones and the latent x at hand, with the a, b and c of
-    that step (and guidance branch) that are nearest in least squares to what was really predicted
-    there. That takes no formula for how predictions move, as the line, Taylor's or Hermite's do.
-    Which steps to compute is found by dynamic programming over pairs, as in "DPCache", CVPR 2026,
-    with another cost: ‖Σ strideₛ·errorₛ‖² over each gap, the drift of the latent that the solver
-    makes of the errors. Both need only the inner products of the residuals and latents of one full
-    run; `accel.calibrate` takes those of several. `early`: an error at the run's beginning weighs
-    e^early times what one of its end does. None: 1 for flow matching, where the zoo's models are
-    best at 2 and at 0 to 1, else 0: other strides are long at the beginning anyway.
+    that step and guidance branch that are nearest in least squares to what was really predicted
+    there; `across`: of the last two of every branch, which tells how far guidance has come. That
+    takes no formula for how predictions move, as the line, Taylor's or Hermite's do. Which steps to
+    compute is found by dynamic programming over pairs, as in "DPCache", CVPR 2026, with another
+    cost: ‖Σ strideₛ·errorₛ‖² over each gap, the drift of the latent that the solver makes of the
+    errors. All need only the inner products of the residuals and latents of one full run;
+    `accel.calibrate` takes those of several, and tries `across` and `early`: an error at the run's
+    beginning weighs e^early times what one of its end does. None: 1 for flow matching, else −1:
+    other strides are long at the beginning anyway. On the zoo, `across` is better where a tenth or
+    less is computed, and then with a larger `early`.
 
     `schedule`: ones (compute) and zeros, and `weights`: for each branch in calling order one
-    (a, b, c) for each 0; a branch too many takes the last. They belong to one number of steps; in
-    runs of another nothing is skipped. None: the first run of each length is computed and
-    measured, and holds two latents for each step. Where other steps than the schedule's were
-    computed, the forecast is the line through the last two.
+    (a, b, c) for each 0, or with a and b of every branch in turn; a branch too many takes the last.
+    The halves of a doubled batch are two branches, the conditional one first. They belong to one
+    number of steps; in runs of another nothing is skipped. None: the first run of each length is
+    computed and measured, and holds three latents for each step. Where other steps than the
+    schedule's were computed, the forecast is the line through the last two.
 
-    Whole calls are skipped, on any denoiser. Static: rows of a batch are independent, no device
-    value is read after the first run. Holds two latents a branch.
+    Whole calls are skipped, on any denoiser. Static: rows of a batch are independent; after the
+    first run one device value is read a run, whether the batch is doubled. Holds two latents a
+    branch.
     """
 
     slot: ClassVar[str] = "stack"
@@ -64,16 +71,19 @@ class FitCache:
         {"share": 0.16, "early": 2.0},
         {"share": 0.12},
         {"share": 0.1},
+        {"share": 0.08, "across": True},
     )
 
     share: float = 0.2
     early: float | None = None
+    across: bool = False
     schedule: tuple[int, ...] | None = None
     weights: Weights | None = None
 
     def __post_init__(self) -> None:
         check(is_number(self.share) and 0 < self.share <= 1, self, "share", "in (0, 1]")
         check(self.early is None or is_number(self.early), self, "early", "None or a number")
+        check(isinstance(self.across, bool), self, "across", "True or False")
         if (self.schedule is None) != (self.weights is None):
             raise AccelError("FitCache: schedule and weights are measured together; give both")
         if self.schedule is None or self.weights is None:
@@ -84,29 +94,37 @@ class FitCache:
             or any(each not in (0, 1) for each in self.schedule)
         ):
             raise AccelError("FitCache(schedule=…): 0s and 1s, the first of them a 1")
-        zeros = self.schedule.count(0)
-        if not self.weights or any(_wrong(branch, zeros) for branch in self.weights):
+        zeros, terms = self.schedule.count(0), 2 * len(self.weights) + 1 if self.across else 3
+        if not self.weights or any(_wrong(branch, zeros, terms) for branch in self.weights):
             raise AccelError(
-                f"FitCache(weights=…): for each branch three numbers for each of the {zeros} zeros "
-                "of the schedule"
+                f"FitCache(weights=…): for each branch {terms} numbers for each of the {zeros} "
+                "zeros of the schedule"
             )
 
     @classmethod
     def fitted(
-        cls, share: float, early: float, products: Sequence[Costs], strides: Sequence[float]
-    ) -> FitCache:
-        """The schedule and weights for a share of the steps.
+        cls,
+        shares: Sequence[float],
+        early: float,
+        across: bool,
+        products: Costs,
+        strides: Sequence[float],
+    ) -> list[FitCache]:
+        """The schedule and weights for each of some shares of the steps.
 
-        `products`: of each branch, see `fitted_weights`. `strides`: see `solver_strides`.
+        `products`: see `fitted_weights`. `strides`: see `solver_strides`.
         """
-        count = len(strides)
-        computes = min(max(round(share * count), 2), count)
+        count, branches = len(strides), range(len(products) - 1)
         weighed = np.asarray(strides) * np.exp(-early * np.arange(count) / count)
-        costs = [drift_costs(each, weighed) for each in products]
-        steps = cheapest_path(np.sum(costs, axis=0), computes)
-        schedule = tuple(int(step in steps) for step in range(count))
-        weights = tuple(_weights(each, steps) for each in products)
-        return cls(computes / count, early, schedule, weights)
+        sources = [tuple(branches) if across else (branch,) for branch in branches]
+        costs = sum(drift_costs(products, each, sources[each], weighed) for each in branches)
+        found = []
+        for computes in dict.fromkeys(min(max(round(each * count), 2), count) for each in shares):
+            steps = cheapest_path(np.asarray(costs), computes)
+            schedule = tuple(int(step in steps) for step in range(count))
+            weights = tuple(_weights(products, each, sources[each], steps) for each in branches)
+            found.append(cls(computes / count, early, across, schedule, weights))
+        return found
 
     @property
     def unmeasured(self) -> bool:
@@ -115,25 +133,26 @@ class FitCache:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the whole denoiser."""
-        measured: dict[int, Products] = {}
         found = {len(self.schedule): self} if self.schedule is not None else {}
+        branches, kept = _Branches(denoiser), _Kept()
+        measured: list[BranchProducts] = []
 
         def settle() -> None:
-            first = measured.get(0)
-            if first and first.run == denoiser.clock.completed and first.rows:
-                fitted = self._settled(list(measured.values()), denoiser.clock.prediction)
-                found[first.total] = fitted
-                measured.clear()
+            if measured and measured[0].run == denoiser.clock.completed:
+                first = measured.pop()
+                found[first.total] = self._settled(first, denoiser.clock.prediction)
 
-        def policy(branch: Branch) -> _Fitted | Products | Compute:
+        def policy(branch: Branch) -> _Fitted | _Measuring | Compute:
             settle()
+            if branch.ordinal == 0:
+                kept.clear()
             if denoiser.clock.schedule in found:
-                return _Fitted(found[denoiser.clock.schedule], branch)
+                return _Fitted(found[denoiser.clock.schedule], branches, kept)
             if self.schedule is not None:
                 return Compute()
-            return measured.setdefault(branch.ordinal, Products(inputs=True)).begin(
-                denoiser.clock.run
-            )
+            if branch.ordinal == 0:
+                measured[:] = [BranchProducts(denoiser.clock.run)]
+            return _Measuring(branches, measured[0])
 
         def settled() -> FitCache:
             settle()
@@ -141,66 +160,123 @@ class FitCache:
 
         if not found:
             logger.info("FitCache: no weights known; the first run is computed and measured")
-        return denoiser.cache_model(policy, Newton(1)).settling(settled)
+        forgetting = denoiser.when_forgetting(kept.clear)
+        attached = Handle.together([forgetting, denoiser.cache_model(policy, Newton(1))])
+        return attached.settling(settled)
 
-    def _settled(self, branches: Sequence[Products], prediction: str) -> FitCache:
-        """From one full run; branches that were left out at some steps count with the first."""
-        first = branches[0]
-        products = [each.matrix() for each in branches if each.places == first.places]
-        log_snr = [first.log_snr[place] for place in first.places]
+    def _settled(self, measured: BranchProducts, prediction: str) -> FitCache:
+        """From one full run."""
+        log_snr = [measured.log_snr[place] for place in measured.places]
         strides = solver_strides(log_snr, prediction)
-        early = self.early if self.early is not None else float(prediction == "flow")
-        fitted = self.fitted(self.share, early, products, strides)
+        early = self.early if self.early is not None else 1.0 if prediction == "flow" else -1.0
+        (fitted,) = self.fitted([self.share], early, self.across, measured.matrix(), strides)
         steps = [step for step, entry in enumerate(fitted.schedule or ()) if entry]
-        return replace(
-            fitted, share=self.share, early=self.early, schedule=tuple(first.schedule(steps))
-        )
+        schedule = tuple(scheduled(measured.total, measured.places, steps))
+        return replace(fitted, share=self.share, early=self.early, schedule=schedule)
 
 
-def _weights(products: Costs, steps: Sequence[int]) -> tuple[tuple[float, float, float], ...]:
+def _weights(
+    products: Costs, branch: int, sources: Sequence[int], steps: Sequence[int]
+) -> tuple[tuple[float, ...], ...]:
     """Of every step that is not computed, in order."""
-    found: list[tuple[float, float, float]] = []
+    found: list[tuple[float, ...]] = []
     for index, newer in enumerate(steps):
-        end = steps[index + 1] if index + 1 < len(steps) else len(products) // 2
-        gap = range(newer + 1, end)
+        gap = range(newer + 1, [*steps, products.shape[1]][index + 1])
         if gap:
-            rows = fitted_weights(products, steps[max(index - 1, 0)], newer, gap).tolist()
-            found += [(a, b, c) for a, b, c in rows]
+            pair = steps[max(index - 1, 0)], newer
+            found += map(tuple, fitted_weights(products, branch, sources, pair, gap).tolist())
     return tuple(found)
 
 
-def _wrong(branch: Sequence[Sequence[float]], zeros: int) -> bool:
+def _wrong(branch: Sequence[Sequence[float]], zeros: int, terms: int) -> bool:
     return len(branch) != zeros or any(
-        len(row) != 3 or not all(is_number(each) for each in row) for row in branch
+        len(row) != terms or not all(is_number(each) for each in row) for row in branch
     )
+
+
+class _Branches:
+    """Which branches a call holds: one, or both in a doubled batch."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self.denoiser = denoiser
+        self.doubled = False
+
+    def of(self, branch: Branch) -> tuple[int, ...]:
+        """Of the call in flight, in the order of its rows."""
+        assert self.denoiser.forward is not None  # asked by policies only
+        if branch.ordinal:
+            return (branch.ordinal + self.doubled,)
+        self.doubled = is_doubled(self.denoiser, self.denoiser.forward.arguments)
+        if not self.doubled:
+            return (0,)
+        return (0, 1) if self.denoiser.family.cond_first else (1, 0)
+
+
+class _Measuring(Compute):
+    """Skips nothing and multiplies what each branch computed."""
+
+    def __init__(self, branches: _Branches, products: BranchProducts) -> None:
+        self.branches, self.products = branches, products
+        self.own: tuple[int, ...] = ()
+
+    def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
+        """Tell apart the branches in the call."""
+        self.own = self.own or self.branches.of(context.branch)
+        latents, residuals = (_parts(each, len(self.own)) for each in (site.inputs, site.kept))
+        for each, latent, residual in zip(self.own, latents, residuals, strict=True):
+            self.products.add(context, each, latent, residual)
+
+
+class _Kept(dict[int, "list[tuple[int, Tensor]]"]):
+    """The last two residuals of each branch, with their places."""
+
+    def of(self, branch: int, places: list[int]) -> list[Tensor] | None:
+        """Those of `places`, if these were computed last."""
+        points = self.get(branch, [])
+        if not points or [place for place, _ in points] != places:
+            return None
+        return [value for _, value in points]
 
 
 class _Fitted(Table):
     """The schedule; where its own steps were computed before, their fitted sum stands in."""
 
-    def __init__(self, settings: FitCache, branch: Branch) -> None:
+    def __init__(self, settings: FitCache, branches: _Branches, kept: _Kept) -> None:
         assert settings.schedule is not None and settings.weights is not None
         super().__init__(settings.schedule)
-        self.weights = settings.weights[min(branch.ordinal, len(settings.weights) - 1)]
-        self.places: list[int] = []
-        self.kept: list[Streams] = []
+        self.weights, self.across = settings.weights, settings.across
+        self.branches, self.kept = branches, kept
+        self.own: tuple[int, ...] = ()
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
         """Keep the last two."""
-        self.places = [*self.places, context.place][-2:]
-        self.kept = [*self.kept, site.kept][-2:]
+        self.own = self.own or self.branches.of(context.branch)
+        for each, value in zip(self.own, _parts(site.kept, len(self.own)), strict=True):
+            self.kept[each] = [*self.kept.get(each, []), (context.place, value)][-2:]
 
     def refine(
         self, context: StepContext, signals: Signals, forecast: Streams, compute: Any
     ) -> Streams:
         """The fitted sum, or the forecast where the weights are of other steps."""
         before = self.entries[: context.place]
-        known = [place for place, entry in enumerate(before) if entry][-2:]
-        if self.places != known[-len(self.places) :]:
-            return forecast
-        older, newer, latent = self.weights[before.count(0)]
-        if len(self.kept) == 1 and older:
-            return forecast
-        assert self.kept[-1][0] is not None  # whole calls have one stream
-        now = (latent_like(signals.hidden, self.kept[-1][0].shape),)
-        return combine([older, newer, latent][-1 - len(self.kept) :], [*self.kept, now])
+        places = [place for place, entry in enumerate(before) if entry][-2:]
+        assert forecast[0] is not None  # whole calls have one stream
+        latent = latent_like(signals.hidden, forecast[0].shape)
+        sums = []
+        for each, part in zip(self.own, latent.chunk(len(self.own)), strict=True):
+            row = self.weights[min(each, len(self.weights) - 1)][before.count(0)]
+            sources = range(len(self.weights)) if self.across else (each,)
+            kept = [self.kept.of(source, places) for source in sources]
+            older = row[:-1:2] if len(places) == 1 else ()
+            if any(values is None for values in kept) or any(older):
+                return forecast
+            terms = [value for values in kept for value in values or ()]
+            weights = row[1:-1:2] if len(places) == 1 else row[:-1]
+            sums.append(weighted_sum([*weights, row[-1]], [*terms, part]))
+        return (torch.cat(sums) if len(sums) > 1 else sums[0],)
+
+
+def _parts(streams: Streams, count: int) -> list[Tensor]:
+    """The one stream of whole calls, cut into `count` runs of rows."""
+    assert streams[0] is not None
+    return list(streams[0].chunk(count))

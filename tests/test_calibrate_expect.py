@@ -11,7 +11,12 @@ from accel.calibrate_fit import Candidate
 from accel.calibrate_replay import EARLY, USUAL, Prediction
 from accel.calibrate_trials import Trial
 
-DRIFTS = ((0.1, 0.2, 0.1), (0.03, 0.01, 0.05), (0.02, 0.05, 0.004), (0.001, 0.003, 0.01))
+DRIFTS = (
+    (0.1, 0.2, 0.1, 0.05, 0.3),
+    (0.03, 0.01, 0.05, 0.2, 0.02),
+    (0.02, 0.05, 0.004, 0.01, 0.001),
+    (0.001, 0.003, 0.01, 0.1, 0.2),
+)
 
 
 def candidate(drifts: tuple[float, ...], interval: int = 2, speedup: float = 2.0) -> Candidate:
@@ -27,7 +32,7 @@ def run(psnr: float, speedup: float = 2.0) -> Trial:
 def test_the_weight_that_explains_the_runs_is_found(weight: int) -> None:
     runs = [(candidate(each), run(7 - 20 * math.log10(each[weight]))) for each in DRIFTS]
     assert expect.early(runs) == weight
-    unseen = candidate((0.01, 0.002, 0.03))
+    unseen = candidate((0.01, 0.002, 0.03, 0.02, 0.005))
     wanted = 7 - 20 * math.log10(unseen.prediction.drifts[weight])
     assert expect.psnr(unseen, runs, weight) == pytest.approx(wanted)
 

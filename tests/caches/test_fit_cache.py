@@ -1,16 +1,18 @@
 """Weights are least squares, the schedule is the best of all, and a measured run comes first."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from contract_cases import COND, context_at
+from contract_cases import context_at
 from tiny_pipelines import STEPS, TINY, built, run
 
 import accel
 from accel import FitCache
-from accel.caches.products import Products
+from accel.caches.fit_cache import _Fitted, _Kept
+from accel.caches.products import BranchProducts
 from accel.optimal_steps import (
     cheapest_path,
     drift_costs,
@@ -19,43 +21,54 @@ from accel.optimal_steps import (
 )
 
 COUNT = 7
+SOURCES = [(0, (0,)), (1, (1,)), (0, (0, 1)), (1, (0, 1))]
+"""A branch, and those whose residuals its forecast is made of."""
 
 
 def recorded(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Residuals and latents (steps, values) that move smoothly, and their inner products."""
+    """Two branches' residuals and the latents (3, steps, values), and their inner products."""
     generator = np.random.default_rng(seed)
-    both = generator.standard_normal((2 * COUNT, 12)).cumsum(axis=0)
-    return both, both @ both.T
+    every = generator.standard_normal((3 * COUNT, 12)).cumsum(axis=0)
+    return every.reshape(3, COUNT, 12), (every @ every.T).reshape((3, COUNT) * 2)
 
 
-def error(both: np.ndarray, products: np.ndarray, pair: tuple[int, int], step: int) -> np.ndarray:
-    (weights,) = fitted_weights(products, *pair, [step])
-    return both[step] - weights @ both[[*pair, COUNT + step]]
+def regressors(every: np.ndarray, sources: tuple[int, ...], pair: tuple[int, int], step: int):
+    return np.stack(
+        [*(every[source, place] for source in sources for place in pair), every[2, step]]
+    )
 
 
 @pytest.mark.parametrize("pair", [(0, 0), (0, 1), (1, 3)])
-def test_no_other_weights_come_closer(pair) -> None:
-    both, products = recorded()
-    (weights,) = fitted_weights(products, *pair, [5])
-    basis = both[[*pair, COUNT + 5]][int(pair[0] == pair[1]) :]
-    best = np.linalg.lstsq(basis.T, both[5], rcond=None)[0]
-    assert weights[-len(best) :] == pytest.approx(best, rel=1e-3)
+@pytest.mark.parametrize(("branch", "sources"), SOURCES)
+def test_no_other_weights_come_closer(branch, sources, pair) -> None:
+    every, products = recorded()
+    (weights,) = fitted_weights(products, branch, sources, pair, [5])
+    basis = regressors(every, sources, pair, 5)
+    best = np.linalg.lstsq(basis.T, every[branch, 5], rcond=None)[0]
+    assert weights @ basis == pytest.approx(best @ basis, rel=1e-3, abs=1e-3)
+    assert pair[0] != pair[1] or not any(weights[:-1:2])
 
 
-def test_costs_are_the_drift_of_the_forecasts() -> None:
-    both, products = recorded()
+@pytest.mark.parametrize(("branch", "sources"), SOURCES)
+def test_costs_are_the_drift_of_the_forecasts(branch, sources) -> None:
+    every, products = recorded()
     strides = np.linspace(1, 2, COUNT)
-    costs = drift_costs(products, strides)
+    costs = drift_costs(products, branch, sources, strides)
+
+    def error(pair: tuple[int, int], step: int) -> np.ndarray:
+        (weights,) = fitted_weights(products, branch, sources, pair, [step])
+        return every[branch, step] - weights @ regressors(every, sources, pair, step)
+
     for pair in [(0, 0), *itertools.combinations(range(COUNT), 2)]:
         for end in range(pair[1] + 1, COUNT + 1):
             gap = range(pair[1] + 1, end)
-            drift = sum((strides[s] * error(both, products, pair, s) for s in gap), np.zeros(12))
+            drift = sum((strides[s] * error(pair, s) for s in gap), np.zeros(12))
             assert costs[(*pair, end)] == pytest.approx((drift**2).sum(), rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("computes", [2, 3, 5, COUNT])
 def test_the_cheapest_path_is_the_best_of_all(computes) -> None:
-    costs = drift_costs(recorded()[1], np.ones(COUNT))
+    costs = drift_costs(recorded()[1], 0, (0,), np.ones(COUNT))
 
     def price(steps: tuple[int, ...]) -> float:
         ends, older = (*steps[1:], COUNT), (0, *steps[:-1])
@@ -66,8 +79,8 @@ def test_the_cheapest_path_is_the_best_of_all(computes) -> None:
 
 
 def test_errors_of_the_beginning_can_weigh_more() -> None:
-    products = [recorded(seed)[1] for seed in range(3)]
-    first = [FitCache.fitted(0.5, early, products, [1.0] * COUNT) for early in (-6.0, 6.0)]
+    products = recorded()[1]
+    first = [FitCache.fitted([0.5], early, False, products, [1.0] * COUNT)[0] for early in (-6, 6)]
     places = [np.flatnonzero(each.schedule).sum() for each in first]
     assert places[1] < places[0]
 
@@ -93,14 +106,32 @@ def test_the_first_run_measures_and_the_second_keeps_to_the_share(family, baseli
     assert torch.equal(run(tiny), baseline(family))
 
 
-def test_each_branch_has_weights_of_its_own_and_a_doubled_batch_shares_them() -> None:
-    for family, branches in (("wan21", 2), ("flux", 1), ("sd15", 1)):
-        tiny, _ = built(family)
-        with accel.patched(tiny.pipe, FitCache(share=0.5)) as handle:
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("family", "branches"), [("wan21", 2), ("flux", 1), ("sd15", 2)])
+def test_each_branch_has_weights_of_its_own(family, branches, across) -> None:
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, FitCache(share=0.5, across=across)) as handle:
+        run(tiny)
+        settled = handle.methods[0]
+    assert len(settled.weights) == branches
+    for branch in settled.weights:
+        assert len(branch) == settled.schedule.count(0)
+        assert {len(row) for row in branch} == {2 * branches + 1 if across else 3}
+
+
+def test_two_calls_and_a_doubled_batch_have_the_same_weights() -> None:
+    tiny, _ = built("sd15")
+    found = []
+    for others in ((), (accel.GuidanceInterval(highest=1e9),)):  # which makes two calls of one
+        with accel.patched(tiny.pipe, FitCache(share=0.5, across=True), *others) as handle:
             run(tiny)
             settled = handle.methods[0]
-        assert len(settled.weights) == branches
-        assert all(len(branch) == settled.schedule.count(0) for branch in settled.weights)
+        with accel.patched(tiny.pipe, settled, *others):
+            found.append((settled.schedule, np.array(settled.weights), run(tiny)))
+    (schedule, weights, picture), (again, same, alike) = found
+    assert schedule == again
+    assert weights == pytest.approx(same, abs=1e-2)
+    assert torch.allclose(picture, alike, atol=1e-2)
 
 
 def test_forecasts_beat_the_line_on_the_same_schedule() -> None:
@@ -137,6 +168,41 @@ def test_a_skipped_step_takes_its_weights_of_the_last_two_residuals_and_the_late
         assert torch.allclose(seen[at][1], wanted, atol=1e-5)
 
 
+def test_across_takes_the_other_branch_too() -> None:
+    tiny, _ = built("wan21")
+    rows = tuple((0.1 * k, 0.9, -0.1 * k, 0.05, 0.02 * k) for k in range(1, 4))
+    weights = (rows, tuple(tuple(-each for each in row) for row in rows))
+    settings = FitCache(across=True, schedule=(1, 1, 0, 0, 1, 1, 0, 1), weights=weights)
+    seen, call = [], tiny.pipe.transformer.forward
+
+    def watch(hidden_states, *args, **kwargs):
+        output = call(hidden_states, *args, **kwargs)
+        seen.append(output[0] - hidden_states)
+        return output
+
+    latents, guided = [], []
+
+    def step(output, timestep, sample, **options):
+        latents.append(sample)
+        guided.append(output)
+        return stepped(output, timestep, sample, **options)
+
+    tiny.pipe.transformer.forward = watch
+    try:
+        with accel.patched(tiny.pipe, settings):
+            stepped, tiny.pipe.scheduler.step = tiny.pipe.scheduler.step, step
+            run(tiny, guidance_scale=3.0)
+    finally:
+        tiny.pipe.scheduler.step = stepped
+        del tiny.pipe.transformer.forward
+    cond, uncond = seen[::2], seen[1::2]  # of steps 0, 1, 4, 5 and 7
+    for row, (older, newer, at) in zip(rows, [(0, 1, 2), (0, 1, 3), (2, 3, 6)], strict=True):
+        terms = cond[older], cond[newer], uncond[older], uncond[newer], latents[at]
+        forecast = sum(weight * term for weight, term in zip(row, terms, strict=True))
+        wanted = latents[at] - forecast + 3 * (forecast + forecast)
+        assert torch.allclose(guided[at], wanted, atol=1e-4)
+
+
 def test_a_run_of_another_length_is_measured_anew() -> None:
     tiny, baseline = built("wan21")
     shorter = {"num_inference_steps": STEPS - 2}
@@ -162,18 +228,14 @@ def test_where_other_steps_were_computed_the_line_stands_in() -> None:
         rough = run(tiny)
     assert torch.isfinite(rough).all()
     method = FitCache(**zeros)
-    policy = method_policy(method)
-    kept = [torch.full((2,), float(value)) for value in (1, 2)]
-    policy.places, policy.kept = [0, 3], [(each,) for each in kept]  # 1 and 3 were to be computed
-    forecast = (torch.zeros(2),)
-    context = context_at(4, 8)
-    assert policy.refine(context, None, forecast, None) is forecast
-
-
-def method_policy(method: FitCache):
-    from accel.caches.fit_cache import _Fitted
-
-    return _Fitted(method, COND)
+    kept = _Kept({0: [(0, torch.ones(2)), (3, torch.ones(2))]})  # 1 and 3 were to be computed
+    policy = _Fitted(method, None, kept)
+    policy.own, forecast = (0,), (torch.zeros(2),)
+    signals = SimpleNamespace(hidden=torch.zeros(2))
+    assert policy.refine(context_at(4, 8), signals, forecast, None) is forecast
+    kept[0][0] = (1, torch.ones(2))
+    (fitted,) = policy.refine(context_at(4, 8), signals, forecast, None)
+    assert fitted.tolist() == [18.0, 18.0]
 
 
 def test_rows_of_a_batch_are_independent() -> None:
@@ -187,15 +249,21 @@ def test_rows_of_a_batch_are_independent() -> None:
     assert torch.allclose(both, torch.cat(each), atol=1e-4)
 
 
-def test_products_put_inputs_last() -> None:
-    found = Products(inputs=True)
-    found.rows, found.places = [[1.0], [2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0, 10.0]], [0, 1]
-    assert found.matrix().tolist() == [
-        [1.0, 4.0, 2.0, 7.0],
-        [4.0, 6.0, 5.0, 9.0],
-        [2.0, 5.0, 3.0, 8.0],
-        [7.0, 9.0, 8.0, 10.0],
-    ]
+def test_products_are_those_of_branches_that_always_ran() -> None:
+    found = BranchProducts(run=0)
+    values = {}
+    for place in range(3):
+        latent = torch.full((1, 2), 10.0 + place)
+        for branch in (1, 0, 2) if place != 1 else (1, 0):
+            values[branch, place] = torch.full((1, 2), 1.0 + branch + place / 10)
+            clock = SimpleNamespace(schedule=3, log_snr=[0.0] * 3)
+            context = SimpleNamespace(schedule=3, place=place, clock=clock)
+            found.add(context, branch, latent, values[branch, place])
+        values[-1, place] = latent
+    order = [(branch, place) for branch in (0, 1, -1) for place in range(3)]
+    every = torch.stack([values[each].flatten() for each in order]).double().numpy()
+    assert found.places == [0, 1, 2]
+    assert found.matrix().reshape(9, 9) == pytest.approx(every @ every.T)
 
 
 def test_strides_are_what_the_solver_multiplies_predictions_with() -> None:
@@ -219,8 +287,10 @@ def test_strides_are_what_the_solver_multiplies_predictions_with() -> None:
         ({"early": "much"}, "early"),
         ({"schedule": (1, 0)}, "give both"),
         ({"schedule": (0, 1), "weights": ((),)}, "first of them a 1"),
-        ({"schedule": (1, 0), "weights": ()}, "three numbers for each of the 1 zeros"),
-        ({"schedule": (1, 0), "weights": (((0.0, 1.0),),)}, "three numbers"),
+        ({"across": 1}, "across"),
+        ({"schedule": (1, 0), "weights": ()}, "3 numbers for each of the 1 zeros"),
+        ({"schedule": (1, 0), "weights": (((0.0, 1.0),),)}, "3 numbers"),
+        ({"across": True, "schedule": (1, 0), "weights": (((0.0,) * 3,),) * 2}, "5 numbers"),
     ],
 )
 def test_wrong_settings_are_named(wrong, message) -> None:
