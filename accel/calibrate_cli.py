@@ -131,4 +131,4 @@ def _print(result: Calibration, output: Path, as_json: bool) -> None:
         print(json.dumps({"generations": result.generations, "recipe": str(output), **chosen}))
         return
     print(f"{chosen['methods']}: {chosen['speedup']:.2f}x, {chosen['psnr']:.1f} dB (medians)")
-    print(f"{result.generations} generations; {output}")
+    print(f"at the cost of {result.generations:.1f} generations; {output}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import accel
-from accel import calibrate_expect as expect
+from accel.calibrate_expect import Expected
 from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays, split
 from accel.calibrate_profile import Profile
 from accel.calibrate_replay import EARLY
@@ -27,10 +27,14 @@ from accel.recipe import Choice, Recipe, Validity
 
 logger = logging.getLogger(__name__)
 
-FIRST, SECOND, LAST = 8, 4, 3
+FIRST, SECOND, LAST = 14, 6, 4
 """Candidates of the rungs: on the most typical prompt, on all recorded ones, on those held out."""
-GUIDED = 2
+GUIDED = 8
 """Of the first rung, and for each further target in a folder: what the runs before suggest."""
+SINGLE = 4
+"""Of the one rung where there is one prompt alone."""
+DOUBT = (0, 1, 0, 2)
+"""Guided runs in turn take what would be best with the likeliest weight of early errors, …"""
 VALIDATION = 4
 
 
@@ -47,7 +51,8 @@ class Calibration:
     """The chosen recipe (its `front` holds the other points) and the runs it cost."""
 
     recipe: Recipe
-    generations: int
+    generations: float
+    """What the runs cost, in untouched ones."""
 
     @property
     def front(self) -> tuple[Choice, ...]:
@@ -80,8 +85,8 @@ def calibrate(
     promising are really run, on more prompts as they become fewer; the last are validated on up to
     four that took no part. Give `speedup` (at least), `psnr` (dB that nine of ten prompts keep) or
     `quality` ("lossless", "balanced", "fast": 45, 30, 25 dB of the median prompt; by default
-    "balanced"). One prompt gives a first recipe in three generations, eight validate a front in
-    forty. `budget`: minutes after which no new candidate is tried.
+    "balanced"). One prompt gives a first recipe at the cost of three generations, eight validate a
+    front at that of twenty. `budget`: minutes after which no new candidate is tried.
 
     `folder` keeps every run: a killed calibration goes on from there, and one for another target
     adds its points to the front. `shard` (i, n) makes only the first rung's runs i, i + n, … into
@@ -131,7 +136,7 @@ class _Search:
                 self.trials.run(candidate, self.first)
         if shard is not None:
             return self._result(self._tried())
-        self.enough = 2 if len(self.trials.prompts) == 1 else max(FIRST, known + GUIDED)
+        self.enough = SINGLE if len(self.trials.prompts) == 1 else max(FIRST, known + GUIDED)
         self._guided_runs()
         return self._checked(self._result(self._finals()))
 
@@ -196,13 +201,14 @@ class _Search:
         """
         first = self._first_runs()
         runs = first if prompts == [self.first] else self._runs(prompts)
-        weight, measured = expect.early(first), dict[str, list[float]]()
+        speeds, qualities = Expected(runs), Expected(first)
+        measured = dict[str, list[float]]()
         for each, trial in runs:
             measured.setdefault(each.key, []).append(trial.psnr)
         found = {}
         for each in several:
-            decibels = measured.get(each.key) or [expect.psnr(each, first, weight)]
-            found[each.key] = (expect.speedup(each, runs), decibels)
+            decibels = measured.get(each.key) or [qualities.psnr(each)]
+            found[each.key] = (speeds.speedup(each), decibels)
         return found
 
     def _guided_runs(self) -> None:
@@ -211,7 +217,8 @@ class _Search:
             left = [each for each in self.all if not self.trials.of(each)]
             if self.deadline.over or not left:
                 return
-            promising = self._most_promising(left)
+            doubt = DOUBT[len(self._tried()) % len(DOUBT)]
+            promising = self._most_promising(left, doubt)
             refined = refine(self.profile, promising)
             choice = promising if self.trials.of(refined) else refined
             self.all.append(choice)
@@ -254,14 +261,13 @@ class _Search:
         """The first rung's."""
         return self._runs([self.first])[: self.enough]
 
-    def _most_promising(self, several: Sequence[Candidate]) -> Candidate:
-        """By the predictions, corrected by what was run so far."""
-        runs = self._first_runs()
-        weight = expect.early(runs)
+    def _most_promising(self, several: Sequence[Candidate], doubt: int = 0) -> Candidate:
+        """By the predictions, corrected by what was run so far; `doubt`: of `DOUBT`."""
+        expected = Expected(self._first_runs())
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
-            speed = expect.speedup(candidate, runs)
-            return self.target.score(speed, expect.psnr(candidate, runs, weight))
+            speed = expected.speedup(candidate)
+            return self.target.score(speed, expected.psnr(candidate, doubt))
 
         return max(several, key=rank)
 

@@ -19,8 +19,8 @@ _ENOUGH = 0.97
 """Of a wanted speed-up: what counts as reached, because pairs of runs differ by as much."""
 _SPARE_DECIBELS, _SPARE_SPEED = 2.0, 0.02
 """What each further candidate has to spare: dB, or a share of the wanted speed."""
-_UNKNOWN_SPREAD = 3.0
-"""dB, while there is one run alone."""
+_USUAL_SPREAD, _USUAL_FREEDOM = 3.0, 4
+"""dB between prompts, and how many prompts that is worth beside those at hand."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,19 @@ class Target:
 
         A median is lowered by its standard error: of few prompts it is often higher than of all.
         Nine of ten are above the prediction limit of a normal distribution with this mean and
-        deviation, both of which are known the worse the fewer the values are (Student's t).
+        deviation, both of which are known the worse the fewer the values are (Student's t); the
+        deviation is a mean of theirs and the usual one.
         """
-        spread = statistics.stdev(values) if len(values) > 1 else None
-        if self.typical:
-            return statistics.median(values) - (spread or 0.0) / math.sqrt(len(values))
-        if spread is None:
-            return values[0] - _SPREAD * _UNKNOWN_SPREAD
         count = len(values)
-        factor = student(_SPREAD, count - 1) * math.sqrt(1 + 1 / count)
-        return statistics.fmean(values) - factor * spread
+        spread = statistics.stdev(values) if count > 1 else 0.0
+        if self.typical:
+            return statistics.median(values) - spread / math.sqrt(count)
+        if count == 1:  # the most typical prompt
+            return values[0] - _SPREAD * _USUAL_SPREAD
+        freedom = _USUAL_FREEDOM + count - 1
+        squares = _USUAL_FREEDOM * _USUAL_SPREAD**2 + (count - 1) * spread**2
+        factor = student(_SPREAD, freedom) * math.sqrt(1 + 1 / count)
+        return statistics.fmean(values) - factor * math.sqrt(squares / freedom)
 
     def safer(self, rank: int) -> Target:
         """The same with something to spare, more for each further of several candidates."""

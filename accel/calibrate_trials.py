@@ -46,8 +46,8 @@ class Trial:
 class Trials:
     """All runs of a calibration. With a `folder` a killed one goes on where it was.
 
-    `prompts[i]` runs with seed i. `generations` counts the runs made, also those of earlier
-    processes; untouched runs count too.
+    `prompts[i]` runs with seed i. `generations`: what the runs so far cost, in untouched ones, also
+    those of earlier processes.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Trials:
         self.pipe, self.prompts, self.call = pipe, list(prompts), dict(call)
         self.folder, self.say = folder, say
         self.found: dict[str, list[Trial]] = {}
-        self.generations = 0
+        self.generations = 0.0
         self.begun: dict[str, int] = {}
         """Targets of this folder, with the number of candidates tried before each."""
         self.references: dict[int, tuple[NDArray[np.uint8], float]] = {}
@@ -109,7 +109,6 @@ class Trials:
         """Profile the first `count` prompts; their pictures are references."""
 
         def run(call: dict[str, Any], seed: int) -> None:
-            self.generations += 1
             picture, seconds = generate.make(self.pipe, call, seed)
             self.references[seed] = (picture, seconds)
 
@@ -124,8 +123,9 @@ class Trials:
         )
         for each in made.prompts:
             if each.seed in self.references:  # its seconds held the recording
-                picture, _ = self.references[each.seed]
+                picture, seconds = self.references[each.seed]
                 self.references[each.seed] = (picture, each.seconds["run"])
+                self.generations += seconds / each.seconds["run"]
         self.save()
         return made
 
@@ -134,6 +134,7 @@ class Trials:
         if prompt not in self.references:
             unpatch(self.pipe)
             self.references[prompt] = self._make(prompt)
+            self.generations += 1
         return self.references[prompt]
 
     def run(self, candidate: Candidate, prompt: int) -> Trial:
@@ -147,6 +148,7 @@ class Trials:
             picture, own = self._make(prompt)
             share = stats(self.pipe).share_computed
         trial = Trial(prompt, psnr(picture, reference), own, seconds, share)
+        self.generations += own / seconds
         known.append(trial)
         self.save()
         self.say(f"{label(candidate)}: {trial.psnr:.1f} dB, {trial.speedup:.2f}x")
@@ -157,7 +159,6 @@ class Trials:
         return self.found.get(candidate.key, [])
 
     def _make(self, prompt: int) -> tuple[NDArray[np.uint8], float]:
-        self.generations += 1
         call = self.call | {"prompt": self.prompts[prompt]}
         return generate.make(self.pipe, call, prompt)
 
