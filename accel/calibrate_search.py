@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import accel
 from accel.calibrate_expect import Expected
 from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays, split
@@ -27,12 +25,12 @@ from accel.recipe import Choice, Recipe, Validity
 
 logger = logging.getLogger(__name__)
 
-FIRST, SECOND, LAST = 14, 6, 4
-"""Candidates of the rungs: on the most typical prompt, on all recorded ones, on those held out."""
+FIRST, LAST = 14, 4
+"""Candidates that run on the recorded prompts, and those that are validated on others too."""
 GUIDED = 8
-"""Of the first rung, and for each further target in a folder: what the runs before suggest."""
+"""Of the first ones, and for each further target in a folder: what the runs before suggest."""
 SINGLE = 4
-"""Of the one rung where there is one prompt alone."""
+"""All candidates that run where there is one prompt alone."""
 DOUBT = (0, 1, 0, 2)
 """Guided runs in turn take what would be best with the likeliest weight of early errors, …"""
 VALIDATION = 4
@@ -116,12 +114,10 @@ class _Search:
         self.profile: Profile = trials.record(len(self.tuning))
         self.profile.check(trials.pipe)
         self.all = candidates(self.profile)
-        self.tuning.sort(key=self._oddness)
-        self.first = self.tuning[0]
         trials.say(f"{len(self.all)} candidates predicted from {len(self.tuning)} recorded runs")
         known = {each.key for each in self.all}
         self.enough = FIRST
-        """Runs of the first rung: what is expected of others goes by these, also when resumed."""
+        """Candidates that what is expected of others goes by, also when resumed."""
         self.all += [predicted(self.profile, key) for key in trials.found if key not in known]
 
     def run(self, shard: tuple[int, int] | None) -> Calibration:
@@ -133,35 +129,23 @@ class _Search:
             spread = spread[shard[0] :: shard[1]]
         for candidate in spread:
             if not self._enough():
-                self.trials.run(candidate, self.first)
+                self._run(candidate, self.tuning)
         if shard is not None:
             return self._result(self._tried())
         self.enough = SINGLE if len(self.trials.prompts) == 1 else max(FIRST, known + GUIDED)
         self._guided_runs()
         return self._checked(self._result(self._finals()))
 
-    def _oddness(self, prompt: int) -> float:
-        """How far a recorded prompt's predicted errors are from the median prompt's."""
-        errors = np.log(
-            [[max(error, 1e-9) for error in each.prediction.errors] for each in self.all]
-        )
-        difficulty = errors.mean(axis=0)
-        return abs(float(difficulty[prompt] - np.median(difficulty)))
+    def _run(self, candidate: Candidate, prompts: Sequence[int]) -> None:
+        for prompt in prompts:
+            self.trials.run(candidate, prompt)
 
     def _finals(self) -> list[Candidate]:
-        """Fewer candidates on more prompts; the last on the prompts that took no part."""
-        every = self.all if self.validation else self._tried()
-        best = self._best(every, [[self.first]], SECOND)
-        for prompt in self.tuning:
-            for candidate in best:
-                if not self.deadline.over:
-                    self.trials.run(candidate, prompt)
+        """The best, on the prompts that took no part."""
         if not self.validation:
             return self._tried()
-        last = self._best(best, [self.tuning], LAST)
-        for prompt in self.validation:
-            for candidate in last:
-                self.trials.run(candidate, prompt)
+        for candidate in self._best(self.all, [self.tuning], LAST):
+            self._run(candidate, [*self.tuning, *self.validation])
         return [each for each in self._tried() if self._is_validated(each)]
 
     def _is_validated(self, candidate: Candidate) -> bool:
@@ -193,26 +177,30 @@ class _Search:
         return chosen
 
     def _known(
-        self, several: Sequence[Candidate], prompts: list[int]
+        self, several: Sequence[Candidate], prompts: list[int], doubt: int = 0
     ) -> dict[str, tuple[float, list[float]]]:
-        """By key the speed-up that is expected, and PSNRs: measured, or else an expected one.
+        """By key the speed-up that is expected, and each prompt's PSNR: measured, or expected.
 
-        Of the most typical prompt the first rung's runs alone, so that later ones change no choice.
+        Expected by the first runs alone, so that later ones change no choice. `doubt`: of `DOUBT`.
         """
         first = self._first_runs()
-        runs = first if prompts == [self.first] else self._runs(prompts)
-        speeds, qualities = Expected(runs), Expected(first)
-        measured = dict[str, list[float]]()
+        runs = first if prompts == self.tuning else self._runs(prompts)
+        speeds, measured = Expected(runs), dict[str, list[float]]()
         for each, trial in runs:
             measured.setdefault(each.key, []).append(trial.psnr)
-        found = {}
-        for each in several:
-            decibels = measured.get(each.key) or [qualities.psnr(each)]
-            found[each.key] = (speeds.speedup(each), decibels)
-        return found
+        qualities = [Expected([run for run in first if run[1].prompt == p]) for p in self.tuning]
+
+        def decibels(each: Candidate) -> list[float]:
+            seen = measured.get(each.key, [])
+            whole = len(seen) == len(prompts)
+            return seen if whole else [one.psnr(each, doubt) for one in qualities]
+
+        return {each.key: (speeds.speedup(each), decibels(each)) for each in several}
 
     def _guided_runs(self) -> None:
         """Run what the predictions, corrected by all runs so far, say is best."""
+        for each in self._tried():  # one was killed
+            self._run(each, self.tuning)
         while len(self._tried()) < self.enough:
             left = [each for each in self.all if not self.trials.of(each)]
             if self.deadline.over or not left:
@@ -222,7 +210,7 @@ class _Search:
             refined = refine(self.profile, promising)
             choice = promising if self.trials.of(refined) else refined
             self.all.append(choice)
-            self.trials.run(choice, self.first)
+            self._run(choice, self.tuning)
 
     def _spread(self, count: int) -> list[Candidate]:
         """From the cheapest to the best, each on the predicted front of another of `EARLY`."""
@@ -258,16 +246,17 @@ class _Search:
         return [(known[key], one) for key, each in found for one in each if one.prompt in prompts]
 
     def _first_runs(self) -> list[tuple[Candidate, Trial]]:
-        """The first rung's."""
-        return self._runs([self.first])[: self.enough]
+        """Of the first candidates, on the recorded prompts."""
+        keys = list(self.trials.found)[: self.enough]
+        return [run for run in self._runs(self.tuning) if run[0].key in keys]
 
     def _most_promising(self, several: Sequence[Candidate], doubt: int = 0) -> Candidate:
         """By the predictions, corrected by what was run so far; `doubt`: of `DOUBT`."""
-        expected = Expected(self._first_runs())
+        known = self._known(several, self.tuning, doubt)
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
-            speed = expected.speedup(candidate)
-            return self.target.score(speed, expected.psnr(candidate, doubt))
+            speed, decibels = known[candidate.key]
+            return self.target.score(speed, self.target.decibels(decibels))
 
         return max(several, key=rank)
 
