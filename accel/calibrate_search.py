@@ -29,8 +29,8 @@ FIRST, LAST = 14, 4
 """Candidates that run on the recorded prompts, and those that are validated on others too."""
 GUIDED = 8
 """Of the first ones, and for each further target in a folder: what the runs before suggest."""
-SINGLE = 4
-"""All candidates that run where there is one prompt alone."""
+SINGLE = 3.0
+"""Generations that the search may cost where there is one prompt alone."""
 DOUBT = (0, 1, 0, 2)
 """Guided runs in turn take what would be best with the likeliest weight of early errors, …"""
 VALIDATION = 4
@@ -132,7 +132,7 @@ class _Search:
                 self._run(candidate, self.tuning)
         if shard is not None:
             return self._result(self._tried())
-        self.enough = SINGLE if len(self.trials.prompts) == 1 else max(FIRST, known + GUIDED)
+        self.enough = max(FIRST, known + GUIDED)
         self._guided_runs()
         return self._checked(self._result(self._finals()))
 
@@ -209,6 +209,9 @@ class _Search:
             promising = self._most_promising(left, doubt)
             refined = refine(self.profile, promising)
             choice = promising if self.trials.of(refined) else refined
+            cost = self.trials.generations + 1 / choice.prediction.speedup
+            if len(self.trials.prompts) == 1 and cost > SINGLE:
+                return
             self.all.append(choice)
             self._run(choice, self.tuning)
 

@@ -141,9 +141,10 @@ def test_targets_count_the_median_or_nine_of_ten() -> None:
     sure = Target.of(None, 30.0, None)
     assert sure.decibels(values) < 30
     spread = statistics.stdev(values)
-    for count, factor in ((20, 1.729 * 1.05**0.5), (5, 2.132 * 1.2**0.5)):  # Student's t at 95 %
+    for count, factor in ((20, 1.714 * 1.05**0.5), (5, 1.860 * 1.2**0.5)):  # Student's t at 95 %
         several = [30.0 + spread * (-1) ** k for k in range(count)]
-        limit = statistics.fmean(several) - factor * statistics.stdev(several)
+        squares = 4 * 3.0**2 + (count - 1) * statistics.variance(several)
+        limit = statistics.fmean(several) - factor * (squares / (count + 3)) ** 0.5
         assert sure.decibels(several) == pytest.approx(limit, abs=0.04 * spread)
     wanted = Target.of(3.0, None, None)
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
