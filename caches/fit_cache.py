@@ -71,7 +71,9 @@ class FitCache:
         {"share": 0.16, "early": 2.0},
         {"share": 0.12},
         {"share": 0.1},
+        {"share": 0.1, "across": True},
         {"share": 0.08, "across": True},
+        {"share": 0.06, "across": True},
     )
 
     share: float = 0.2
