@@ -55,7 +55,8 @@ class FitCache:
     The halves of a doubled batch are two branches, the conditional one first. They belong to one
     number of steps; in runs of another nothing is skipped. None: the first run of each length is
     computed and measured, and holds three latents for each step. Where other steps than the
-    schedule's were computed, the forecast is the line through the last two.
+    schedule's were computed, the forecast is the line through the last two; with `across` and one
+    branch alone (guidance off) nothing is skipped.
 
     Whole calls are skipped, on any denoiser. Static: rows of a batch are independent; after the
     first run one device value is read a run, whether the batch is doubled. Holds two latents a
@@ -249,6 +250,11 @@ class _Fitted(Table):
         self.weights, self.across = settings.weights, settings.across
         self.branches, self.kept = branches, kept
         self.own: tuple[int, ...] = ()
+
+    def skip(self, context: StepContext, signals: Signals) -> bool:
+        """What the schedule says, unless a branch that the sums need does not run at all."""
+        lacking = self.across and len(self.kept) < len(self.weights)
+        return super().skip(context, signals) and not lacking
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
         """Keep the last two."""

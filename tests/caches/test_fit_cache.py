@@ -203,6 +203,18 @@ def test_across_takes_the_other_branch_too() -> None:
         assert torch.allclose(guided[at], wanted, atol=1e-4)
 
 
+def test_without_guidance_there_is_nothing_to_look_across_at() -> None:
+    tiny, _ = built("wan21")
+    rows = ((0.0, 1.0, 0.0, 0.0, 0.0),) * 4
+    settings = FitCache(across=True, schedule=(1, 0) * (STEPS // 2), weights=(rows, rows))
+    alone = run(tiny, guidance_scale=1.0)
+    with accel.patched(tiny.pipe, settings) as handle:
+        assert torch.equal(run(tiny, guidance_scale=1.0), alone)
+        assert handle.report().share_computed == 1.0
+        run(tiny)
+        assert handle.report().share_computed == 0.5
+
+
 def test_a_run_of_another_length_is_measured_anew() -> None:
     tiny, baseline = built("wan21")
     shorter = {"num_inference_steps": STEPS - 2}
