@@ -43,7 +43,7 @@ _LAYERED = {"smoothcache", "blockcaching", "foresight", "bac", "unicp", "adacach
 _GUIDANCE = ((3, 0.1), (5, 0.1), (10, 0.1), (5, 0.3), (10, 0.3), (20, 0.1))
 _INTERVALS = (2, 3, 4, 5, 6, 8, 10, 12)
 _SHARES = (0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.14, 0.12, 0.1, 0.08, 0.06, 0.04)
-_FINE = (0.35, 0.28, 0.26, 0.24, 0.22, 0.18)
+_FINE = (0.38, 0.36, 0.34, 0.32, 0.28, 0.26, 0.24, 0.22, 0.18)
 """More shares for FitCache: a step more or less is a tenth of the speed-up at five times."""
 
 
