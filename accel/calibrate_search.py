@@ -9,7 +9,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def calibrate(
 class _Search:
     def __init__(self, trials: Trials, target: Target, deadline: Deadline) -> None:
         self.trials, self.target, self.deadline = trials, target, deadline
+        self.aim = replace(target, near=True)
         count = len(trials.prompts)
         held = min(VALIDATION, count // 2)
         self.tuning = list(range(min(3, count - held)))
@@ -144,7 +145,7 @@ class _Search:
         """The best, on the prompts that took no part."""
         if not self.validation:
             return self._tried()
-        for candidate in self._best(self.all, [self.tuning], LAST):
+        for candidate in self._best(self.all, [self.tuning], LAST, self.aim):
             self._run(candidate, [*self.tuning, *self.validation])
         return [each for each in self._tried() if self._is_validated(each)]
 
@@ -157,7 +158,11 @@ class _Search:
         return self.deadline.over and bool(self._tried())
 
     def _best(
-        self, several: Sequence[Candidate], groups: Sequence[list[int]], count: int
+        self,
+        several: Sequence[Candidate],
+        groups: Sequence[list[int]],
+        count: int,
+        wanted: Target,
     ) -> list[Candidate]:
         """By the runs on groups of prompts, or by what is expected of candidates without.
 
@@ -167,7 +172,7 @@ class _Search:
         left, chosen = {each.key: each for each in several}, list[Candidate]()
         known = [self._known(several, prompts) for prompts in groups]
         while left and len(chosen) < count:
-            target = self.target.safer(len(chosen))
+            target = wanted.safer(len(chosen))
 
             def rank(key: str, target: Target = target) -> tuple[bool, float]:
                 decibels = min(target.decibels(each[key][1]) for each in known)
@@ -259,7 +264,7 @@ class _Search:
 
         def rank(candidate: Candidate) -> tuple[bool, float]:
             speed, decibels = known[candidate.key]
-            return self.target.score(speed, self.target.decibels(decibels))
+            return self.aim.score(speed, self.aim.decibels(decibels))
 
         return max(several, key=rank)
 
@@ -269,7 +274,8 @@ class _Search:
         rows = {each.key: self._evidence(each) for each in chosen}
         validated = all(self._is_validated(each) for each in chosen)
         every = list(range(len(self.trials.prompts)))
-        (best,) = self._best(chosen, [self.validation, every] if validated else [every], 1)
+        groups = [self.validation, every] if validated else [every]
+        (best,) = self._best(chosen, groups, 1, self.target)
         front = [
             Choice(
                 entries=Recipe.of(each.methods).entries,

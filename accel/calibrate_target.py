@@ -17,6 +17,8 @@ That is 95 % of prompts: nine of ten keep it also when the luckiest of several w
 """
 _ENOUGH = 0.97
 """Of a wanted speed-up: what counts as reached, because pairs of runs differ by as much."""
+_NEAR, _FASTER = 1.05, 30.0
+"""Of a wanted speed-up: up to where it is near; and dB that each doubling beyond must be worth."""
 _SPARE_DECIBELS, _SPARE_SPEED = 2.0, 0.02
 """What each further candidate has to spare: dB, or a share of the wanted speed."""
 _USUAL_SPREAD, _USUAL_FREEDOM = 3.0, 4
@@ -27,12 +29,14 @@ _USUAL_SPREAD, _USUAL_FREEDOM = 3.0, 4
 class Target:
     """What is wanted: at least `speedup`, or at least `psnr` dB.
 
-    `typical`: that is meant of the median prompt, else of nine prompts in ten.
+    `typical`: that is meant of the median prompt, else of nine prompts in ten. `near`: a speed-up
+    far above the wanted one left quality unused; for choosing what to run, not among results.
     """
 
     speedup: float | None = None
     psnr: float | None = None
     typical: bool = True
+    near: bool = False
 
     @classmethod
     def of(cls, speedup: float | None, psnr: float | None, quality: str | None) -> Target:
@@ -80,6 +84,8 @@ class Target:
             reached = psnr >= (self.psnr or 0)
             return (reached, speedup if reached else psnr)
         reached = speedup >= _ENOUGH * self.speedup
+        if self.near:
+            psnr -= _FASTER * max(math.log2(speedup / (_NEAR * self.speedup)), 0.0)
         return (reached, psnr if reached else -abs(math.log(speedup / self.speedup)))
 
 

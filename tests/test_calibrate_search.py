@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +152,9 @@ def test_targets_count_the_median_or_nine_of_ten() -> None:
     assert wanted.score(3.1, 30) > wanted.score(2.5, 50)
     assert wanted.score(3.1, 31) > wanted.score(3.1, 30)
     assert wanted.score(5.0, 40) > wanted.score(3.1, 30)  # "at least": better in both
+    near = replace(wanted, near=True)
+    assert near.score(3.1, 30) == wanted.score(3.1, 30) and near.safer(1).near
+    assert near.score(3.1, 40) > near.score(3.7, 43) > near.score(3.7, 42) > near.score(2.8, 60)
     assert wanted.score(2.95, 50) > wanted.score(3.5, 40) > wanted.score(2.8, 60)  # nearly counts
 
 
