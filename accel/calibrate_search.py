@@ -84,7 +84,7 @@ def calibrate(
     four that took no part. Give `speedup` (at least), `psnr` (dB that nine of ten prompts keep) or
     `quality` ("lossless", "balanced", "fast": 45, 30, 25 dB of the median prompt; by default
     "balanced"). One prompt gives a first recipe at the cost of three generations, eight validate a
-    front at that of twenty. `budget`: minutes after which no new candidate is tried.
+    front at that of twenty to forty. `budget`: minutes after which no new candidate is tried.
 
     `folder` keeps every run: a killed calibration goes on from there, and one for another target
     adds its points to the front. `shard` (i, n) makes only the first rung's runs i, i + n, … into

@@ -157,13 +157,18 @@ class FitCache:
                 measured[:] = [BranchProducts(denoiser.clock.run)]
             return _Measuring(branches, measured[0])
 
+        def forget() -> None:
+            kept.clear()
+            for each in measured:
+                each.gram.values.clear()
+
         def settled() -> FitCache:
             settle()
             return list(found.values())[-1] if found else self
 
         if not found:
             logger.info("FitCache: no weights known; the first run is computed and measured")
-        forgetting = denoiser.when_forgetting(kept.clear)
+        forgetting = denoiser.when_forgetting(forget)
         attached = Handle.together([forgetting, denoiser.cache_model(policy, Newton(1))])
         return attached.settling(settled)
 
