@@ -157,18 +157,13 @@ class FitCache:
                 measured[:] = [BranchProducts(denoiser.clock.run)]
             return _Measuring(branches, measured[0])
 
-        def forget() -> None:
-            kept.clear()
-            for each in measured:
-                each.gram.values.clear()
-
         def settled() -> FitCache:
             settle()
             return list(found.values())[-1] if found else self
 
         if not found:
             logger.info("FitCache: no weights known; the first run is computed and measured")
-        forgetting = denoiser.when_forgetting(forget)
+        forgetting = denoiser.when_forgetting(lambda: _release(kept, measured))
         attached = Handle.together([forgetting, denoiser.cache_model(policy, Newton(1))])
         return attached.settling(settled)
 
@@ -287,6 +282,13 @@ class _Fitted(Table):
             weights = row[1:-1:2] if len(places) == 1 else row[:-1]
             sums.append(weighted_sum([*weights, row[-1]], [*terms, part]))
         return (torch.cat(sums) if len(sums) > 1 else sums[0],)
+
+
+def _release(kept: _Kept, measured: Sequence[BranchProducts]) -> None:
+    """Hold no tensor after a run; the products stay."""
+    kept.clear()
+    for each in measured:
+        each.gram.values.clear()
 
 
 def _parts(streams: Streams, count: int) -> list[Tensor]:

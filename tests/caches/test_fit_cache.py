@@ -203,6 +203,20 @@ def test_across_takes_the_other_branch_too() -> None:
         assert torch.allclose(guided[at], wanted, atol=1e-4)
 
 
+def test_nothing_is_held_after_the_measuring_run(monkeypatch) -> None:
+    tiny, _ = built("wan21")
+    made, begin = [], BranchProducts.__init__
+
+    def watch(self, run):
+        begin(self, run)
+        made.append(self)
+
+    monkeypatch.setattr(BranchProducts, "__init__", watch)
+    with accel.patched(tiny.pipe, FitCache(share=0.5)):
+        run(tiny)
+        assert len(made) == 1 and made[0].gram.rows and not made[0].gram.values
+
+
 def test_without_guidance_there_is_nothing_to_look_across_at() -> None:
     tiny, _ = built("wan21")
     rows = ((0.0, 1.0, 0.0, 0.0, 0.0),) * 4
