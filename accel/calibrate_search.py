@@ -214,7 +214,8 @@ class _Search:
             promising = self._most_promising(left, doubt)
             refined = refine(self.profile, promising)
             choice = promising if self.trials.of(refined) else refined
-            cost = self.trials.generations + 1 / choice.prediction.speedup
+            speed = Expected(self._first_runs()).speedup(choice)
+            cost = self.trials.generations + 1 / min(speed, choice.prediction.speedup)
             if len(self.trials.prompts) == 1 and cost > SINGLE:
                 return
             self.all.append(choice)

@@ -93,9 +93,9 @@ def test_another_target_in_the_folder_is_searched_for_too(tmp_path) -> None:
 
 
 def test_one_prompt_costs_three_generations() -> None:
-    """One run more may begin below three, and runs of a tiny model cost more than predicted."""
+    """Recording and one run may cost more of a tiny model, but then no further one begins."""
     found = calibrated(prompts=["a cat"], psnr=1)
-    assert found.generations <= 4
+    assert found.generations <= 3.5 or len(found.recipe.measured) == 1
     assert not found.recipe.measured[0]["validated"]
 
 
