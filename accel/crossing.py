@@ -11,7 +11,7 @@ from accel.layout import Form, Layout
 from accel.method import AccelError
 from accel.noise_levels import NoiseLevels
 from accel.stages import Stage
-from accel.transitions import draw_noise, renoised, repeated, resize
+from accel.transitions import data_in, draw_noise, renoised, repeated, resize
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,27 +37,30 @@ class Crossing:
     form: Form
     clean: Tensor
     noisy: Tensor
-    initial: Tensor
-    """The run's first, full-size latent."""
     run: StagedRun
 
     def grid(self, scale: float) -> Grid:
         """The grid of a stage at `scale`."""
         return self.run.grid(scale)
 
-    def noise(self, places: int) -> Tensor:
-        """White noise for so many places, (batch, …), from the call's generators."""
+    def noise(self, layout: Layout) -> Tensor:
+        """White noise for the live places of `layout`, as `Form.places` of a latent.
+
+        The run's own: what its first latent has there; or, where the method asks for fresh noise,
+        new draws from the call's generators.
+        """
+        if self.run.noise == "initial":
+            return self.form.places(self.form.pooled(self.run.white, layout)).to(self.noisy.dtype)
         shape = list(self.form.places(self.noisy).shape)
-        shape[self.form.axis] = places
+        shape[self.form.axis] = len(layout.pick)
         return draw_noise(self.noisy, shape, self.run.generator)
 
-    def renoise(self, planes: Tensor) -> Tensor:
-        """T1: clean latent planes at the next stage's first level, with fresh noise."""
-        clean = self.form.tokens(planes)
-        noise = self.noise(self.form.places(clean).shape[self.form.axis])
+    def renoise(self, planes: Tensor, layout: Layout) -> Tensor:
+        """T1: clean latent planes at the next stage's first level."""
+        clean = self.form.places(self.form.tokens(planes))
+        noise = self.noise(layout).to(clean.dtype)
         weights = self.levels.weights(self.after.sigmas[0])
-        places = renoised(self.form.places(clean), noise.to(clean.dtype), weights)
-        return self.form.shaped(places, _grid_of(planes, self.form))
+        return self.form.shaped(renoised(clean, noise, weights), layout.grid)
 
     def resized(self, positions: str) -> tuple[Layout, Tensor]:
         """T1 with the clean estimate resized to the next stage's size."""
@@ -66,18 +69,20 @@ class Crossing:
         planes = self.form.planes(self.clean, self.layout.grid)
         patch = self.form.patch
         planes = resize(planes, grid[1] * patch, grid[2] * patch)
-        return Layout.resized(self.layout.full, grid, positions), self.renoise(planes)
+        layout = Layout.resized(self.layout.full, grid, positions)
+        return layout, self.renoise(planes, layout)
 
     def repeat(self, layout: Layout) -> Tensor:
-        """T2: the noisy latent's elements repeated over the places of `layout`, whitened."""
-        places = self.form.places(self.noisy)
-        noise = self.noise(len(layout.pick))
+        """T2: the noisy latent's elements repeated over the places of `layout`."""
+        places, axis = self.form.places(self.noisy), self.form.axis
+        noise = self.noise(layout)
         old = self.levels.weights(self.before.sigmas[-1])
         new = self.levels.weights(self.after.sigmas[0])
         parents = layout.parents(self.layout).to(places.device)
-        return self.form.shaped(
-            repeated(places, noise, parents, self.form.axis, old, new), layout.grid
-        )
+        if self.run.noise == "initial":
+            data = data_in(places, self.noise(self.layout), old).index_select(axis, parents)
+            return self.form.shaped(renoised(data, noise, new), layout.grid)
+        return self.form.shaped(repeated(places, noise, parents, axis, old, new), layout.grid)
 
     def decoded(self, planes: Tensor) -> Tensor:
         """Pixels in [−1, 1] of clean latent planes: (batch, 3, [frames,] height, width)."""
@@ -121,7 +126,3 @@ def _is_flat(vae: Any) -> bool:
     """Whether a VAE makes pictures, not videos."""
     first = vae.decoder.conv_in
     return isinstance(first, torch.nn.Conv2d)
-
-
-def _grid_of(planes: Tensor, form: Form) -> Grid:
-    return (planes.shape[2], planes.shape[3] // form.patch, planes.shape[4] // form.patch)

@@ -151,6 +151,24 @@ class Form:
         live = self.places(x).index_select(self.axis, layout.pick.to(x.device))
         return self.shaped(live, layout.grid)
 
+    def pooled(self, noise: Tensor, layout: Layout) -> Tensor:
+        """The live part of full-size white noise: √m times the mean of m places, white again."""
+        if layout.whole:
+            return noise
+        places, spread = self.places(noise), layout.spread.to(noise.device)
+        shape = list(places.shape)
+        shape[self.axis] = len(layout.pick)
+        sums = places.new_zeros(shape).index_add_(self.axis, spread, places)
+        shape = [1] * sums.dim()
+        shape[self.axis] = -1
+        counts = torch.bincount(spread).reshape(shape).to(sums)
+        return self.shaped(sums / counts.sqrt(), layout.grid)
+
+    @property
+    def channels(self) -> int:
+        """The axis of channels."""
+        return 2 if self.packed or self.frames_first else 1
+
     def put(self, live: Tensor, layout: Layout) -> Tensor:
         """A full-size tensor that shows the live part: its places repeated."""
         if layout.whole:

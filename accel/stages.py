@@ -34,8 +34,14 @@ def check_plan(owner: Any, scales: tuple[float, ...], shares: tuple[float, ...])
         f"{len(scales)} positive numbers that add up to 1",
     )
     check(scales[-1] == 1, owner, "scales", "1 at the end")
-    if getattr(owner, "positions", "native") not in ("native", "spread"):
-        check(False, owner, "positions", '"native" or "spread"')
+    check_words(owner)
+
+
+def check_words(owner: Any) -> None:
+    """Raise `AccelError` unless `positions` and `noise`, where a method has them, are known."""
+    for name, accepted in (("positions", ("native", "spread")), ("noise", ("initial", "fresh"))):
+        value = getattr(owner, name, accepted[0])
+        check(value in accepted, owner, name, " or ".join(f'"{word}"' for word in accepted))
 
 
 def plan(

@@ -48,8 +48,14 @@ class StagedSampler(Protocol):
         ...
 
 
-def stage(denoiser: Denoiser, method: StagedSampler, positions: str = "native") -> Handle:
-    """Let `method` sample in stages on this denoiser; a pipeline's denoisers share one run."""
+def stage(
+    denoiser: Denoiser, method: StagedSampler, positions: str = "native", noise: str = "initial"
+) -> Handle:
+    """Let `method` sample in stages on this denoiser; a pipeline's denoisers share one run.
+
+    `noise` of a stage that is not the first: "initial", the part of the run's first latent that
+    belongs to its places, so that stages draw the same picture; or "fresh".
+    """
     name = type(method).__name__
     if denoiser.family.resized is None:
         raise AccelError(
@@ -58,7 +64,7 @@ def stage(denoiser: Denoiser, method: StagedSampler, positions: str = "native") 
         )
     clock = denoiser.clock
     if clock.staging is None:
-        clock.staging = StagedRun(method, name, positions)
+        clock.staging = StagedRun(method, name, positions, noise)
     run = clock.staging
     run.denoisers.append(denoiser)
 
@@ -83,6 +89,7 @@ class StagedRun:
     method: StagedSampler
     name: str
     positions: str = "native"
+    noise: str = "initial"
     denoisers: list[Denoiser] = field(default_factory=list)
     levels: NoiseLevels | None = None
     stages: list[Stage] = field(default_factory=list)
@@ -91,13 +98,15 @@ class StagedRun:
     form: Form | None = None
     pipe: Any = None
     generator: Any = None
-    initial: Any = None
+    white: Any = None
+    """The run's first latent, at variance 1."""
     deciding: bool = False
     """Whether the VAE decodes for the method itself, not for the user."""
     _undo: Callable[[], None] = lambda: None
     _history: dict[str, Any] = field(default_factory=dict)
     _patches: tuple[int, int] = (1, 1)
     _full: Grid = (1, 1, 1)
+    _unit: float = 1.0
 
     # --- a run begins --------------------------------------------------------------------------
 
@@ -113,7 +122,7 @@ class StagedRun:
             yield
         finally:
             self._undo()
-            self.pipe = self.generator = self.layout = self.initial = None
+            self.pipe = self.generator = self.layout = self.white = None
 
     def install(self, scheduler: Any) -> None:
         """The scheduler has its timesteps: put those of all stages in their place."""
@@ -123,6 +132,7 @@ class StagedRun:
             raise AccelError(f"{self.name}: the last stage must have the full size")
         self.levels, self.stages, self.step = levels, stages, 0
         self.layout = None
+        self._unit = float(getattr(scheduler, "init_noise_sigma", 1.0))
         if len(stages) > 1:
             staged_scheduler.install(scheduler, levels, stages)
         self._history = staged_scheduler.history(scheduler)
@@ -163,10 +173,24 @@ class StagedRun:
             return call(args, kwargs)
         family = denoiser.family
         assert family.resized is not None  # asked when attaching
-        latent = self.form.take(arguments.get(family.latent), self.layout)
+        latent = self._live(arguments.get(family.latent), denoiser)
         changed = {family.latent: latent, **family.resized(arguments, self.layout)}
         output = call(*_replaced(arguments, changed))
         return dressed(output)(self.form.put(output[0], self.layout))
+
+    def _live(self, latent: Tensor, denoiser: Denoiser) -> Tensor:
+        """The live part of a denoiser's input; at first each place has the noise of its own area.
+
+        Channels beyond those that the denoiser predicts are conditions, without noise.
+        """
+        assert self.layout is not None
+        assert self.form is not None
+        if self.step:
+            return self.form.take(latent, self.layout)
+        axis, count = self.form.channels, getattr(denoiser.module.config, "out_channels", None)
+        noise, conditions = latent.tensor_split((count or latent.shape[axis],), axis)
+        parts = self.form.pooled(noise, self.layout), self.form.take(conditions, self.layout)
+        return torch.cat(parts, axis)
 
     def _begin(self, denoiser: Denoiser, arguments: Arguments) -> None:
         """The first call of a run: now the sizes are known."""
@@ -206,10 +230,10 @@ class StagedRun:
             raise AccelError(f"{self.name}: the scheduler makes a step before the denoiser's call")
         if len(self.stages) == 1:
             return original(*args, **kwargs)
-        if self.step == 0:
-            self.initial = sample
         number, inside = self.place
         live_output, live = form.take(output, layout), form.take(sample, layout)
+        if self.step == 0:
+            self.white, live = sample / self._unit, form.pooled(sample, layout)
         now = self.stages[number]
         with staged_scheduler.local(scheduler, self.levels, now, inside, self.step):
             result = original(model_output=live_output, sample=live, **given)
@@ -225,7 +249,6 @@ class StagedRun:
                 form,
                 clean,
                 noisy,
-                self.initial,
                 self,
             )
             layout, noisy = self.method.cross(crossing)

@@ -3,7 +3,8 @@
 Two rules. T1 resizes the clean estimate and adds noise anew: any resampler, any model. T2 repeats
 the elements of the noisy latent itself and adds noise that is correlated within the copies of one
 element, so that the sum is white again (as in pyramid flow models, Jin et al. 2024, and RALU,
-Jeong et al. 2025).
+Jeong et al. 2025). Where the noise is the run's own, T2 takes out what the elements have of it,
+repeats them, and puts in what belongs to the copies.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def repeated(
     share = ((old[1] / old[0]) / (new[1] / new[0])) ** 2
     scaled = (new[0] / old[0]) * noisy.index_select(axis, parents)
     return scaled + new[1] * correlated(noise, parents, axis, share)
+
+
+def data_in(noisy: Tensor, noise: Tensor, weights: Weights) -> Tensor:
+    """What is left of a latent at the level of `weights` without its noise."""
+    signal, level = weights
+    return (noisy - level * noise) / signal
 
 
 def correlated(noise: Tensor, parents: Tensor, axis: int, share: float) -> Tensor:

@@ -46,13 +46,18 @@ PLAN: dict[str, Any] = {
 }
 LATE = {**PLAN, "ratio": 0.0, "shares": (0.25, 0.2, 0.55)}
 CYCLE = accel.PlainCycle(interval=2, warmup=1, reuse=accel.Newton(order=1))
-BOTTLENECK = {"shares": (0.1, 0.4, 0.5), "up": 8.0, "positions": "spread"}
+BOTTLENECK: dict[str, Any] = {
+    "scale": 0.75,
+    "shares": (0.3, 0.3, 0.4),
+    "up": 2.0,
+    "positions": "spread",
+}
 UNTRAINED = Path("out/untrained-upsampler")
 UPSAMPLED: dict[str, tuple[int, tuple[Any, ...]]] = {
     "untouched, 20 steps": (20, ()),
     "Progressive": (
         28,
-        (accel.Progressive(shares=(0.4, 0.6), renoise=2.0, positions="spread"),),
+        (accel.Progressive(shares=(0.4, 0.6), renoise=4.0, positions="spread"),),
     ),
     "LSSGen": (28, (accel.LSSGen(positions="spread"),)),
     "LSSGen, bilinear": (28, (accel.LSSGen(positions="spread", upsampler=str(UNTRAINED)),)),
@@ -69,8 +74,13 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
     "emoji-image": {
         "untouched": (50, ()),
         "untouched, 25 steps": (25, ()),
-        "BottleneckSampling": (34, (accel.BottleneckSampling(**BOTTLENECK),)),
+        "BottleneckSampling": (32, (accel.BottleneckSampling(**BOTTLENECK),)),
+        "BottleneckSampling, fresh noise": (
+            32,
+            (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
+        ),
         "RALU": (28, (accel.RALU(**PLAN),)),
+        "RALU, fresh noise": (28, (accel.RALU(**PLAN, noise="fresh"),)),
         "RALU, random regions": (28, (accel.RALU(**PLAN, regions="random"),)),
         "RALU, all late": (28, (accel.RALU(**LATE),)),
         "RALU and PlainCycle": (28, (accel.RALU(**PLAN), CYCLE)),
@@ -200,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", choices=list(ROWS))
     parser.add_argument("--num-prompts", type=int, default=16)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each prompt")
     parser.add_argument("--part", default="final", choices=["heldout", "final"])
     parser.add_argument("--rows", nargs="+", help="of the model, beside untouched; all if left out")
     parser.add_argument("--maps", type=Path)
@@ -210,12 +221,12 @@ def main() -> None:
         maps(given.maps)
     if given.model is None:
         return
-    captions = _captions(given.model, given.part)[: given.num_prompts]
+    captions = _captions(given.model, given.part)[: given.num_prompts] * given.seeds
     names = ["untouched", *given.rows] if given.rows else list(ROWS[given.model])
     rows = judged(given.model, captions, measured(given.model, names, captions))
     run = {
         "command": " ".join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
-        "prompts": f"{given.part}, the first {len(captions)}",
+        "prompts": f"{given.part}, the first {given.num_prompts}, {given.seeds} seeds each",
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "machine": f"{platform.machine()} CPU, one thread, other jobs beside",
         "rows": rows,

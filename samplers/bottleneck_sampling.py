@@ -23,11 +23,11 @@ class BottleneckSampling:
     """High, low, high resolution (Tian et al., 2025, arXiv 2503.18940).
 
     `shares` of the steps in the three stages, the middle one at `scale` of rows and columns. At
-    both changes the clean estimate is resized and made noisy again with fresh noise: `down` and
-    `up` times the noise-to-signal ratio that was reached; √m for m times the pixels keeps the
-    estimate as hard to see. Each stage's timestep shift is the run's times √(share of tokens) and,
-    from stage to stage, `gain` (flow matching). The noise levels that the paper tuned for each
-    model were not at hand; here they are settings. `positions`: see `Layout`.
+    both changes the clean estimate is resized and made noisy again: `down` and `up` times the
+    noise-to-signal ratio that was reached; √m for m times the pixels keeps the estimate as hard to
+    see. Each stage's timestep shift is the run's times √(share of tokens) and, from stage to stage,
+    `gain` (flow matching). The noise levels that the paper tuned for each model were not at hand;
+    here they are settings. `noise`: as of `Progressive`; `positions`: see `Layout`.
     """
 
     slot: ClassVar[str] = "size"
@@ -43,6 +43,7 @@ class BottleneckSampling:
     up: float = 2.0
     gain: float = 1.0
     positions: str = "native"
+    noise: str = "initial"
 
     def __post_init__(self) -> None:
         check(is_number(self.scale) and 0 < self.scale <= 1, self, "scale", "above 0, at most 1")
@@ -53,7 +54,7 @@ class BottleneckSampling:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to a denoiser whose family can take other sizes."""
-        return stage(denoiser, self, self.positions)
+        return stage(denoiser, self, self.positions, self.noise)
 
     def stages(self, levels: NoiseLevels) -> list[Stage]:
         """Each stage ends where its steps would end in the untouched run."""

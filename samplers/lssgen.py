@@ -32,19 +32,20 @@ class LSSGen:
     """Latent space scaling generation (2025, arXiv 2507.16154).
 
     Each stage samples down to no noise at its size; its clean latent is doubled by a small trained
-    network and made noisy again with fresh noise, where the next stage has `start` of its schedule
-    left. `scales` of rows and columns, each twice the one before, the last 1; `shares` of the
-    run's steps. The defaults are the paper's rule for two stages: with N steps for the full size a
-    stage has N over log2 of the area ratio, later ones only `start` of theirs. Each stage's
-    timestep shift is the run's times √(share of tokens) (flow matching). `upsampler` is a folder
-    with its weights; None is `adapters/lssgen` beside the model, which the zoo's models have.
-    `positions`: see `Layout`.
+    network and made noisy again, where the next stage has `start` of its schedule left, with the
+    run's own first noise, so that the picture stays the seed's. `scales` of rows and columns, each
+    twice the one before, the last 1; `shares` of the run's steps. The defaults are the paper's rule
+    for two stages: with N steps for the full size a stage has N over log2 of the area ratio, later
+    ones only `start` of theirs. Each stage's timestep shift is the run's times √(share of tokens)
+    (flow matching). `upsampler` is a folder with its weights; None is `adapters/lssgen` beside the
+    model, which the zoo's models have. `positions`: see `Layout`.
 
     Raises `AccelError` where there is no upsampler, when attaching, and for one of another VAE, at
     the start of a run.
 
-    Differs from the paper: the steps of all stages are the pipeline's number of steps; for FLUX the
-    shift is not computed anew from the number of tokens, whose formula is close to the square root.
+    Differs from the paper, which draws the noise anew: the steps of all stages are the pipeline's
+    number of steps; for FLUX the shift is not computed anew from the number of tokens, whose
+    formula is close to the square root.
     """
 
     slot: ClassVar[str] = "size"
@@ -120,4 +121,4 @@ class _Stages:
         doubled = self.upsampler.to(planes.device)(planes)
         grid = crossing.grid(crossing.after.scale)
         layout = Layout.resized(crossing.layout.full, grid, self.method.positions)
-        return layout, crossing.renoise(doubled)
+        return layout, crossing.renoise(doubled, layout)

@@ -24,8 +24,10 @@ class Progressive:
     """Sample the first steps at small sizes; the rule of Jenga's ProRes (Zhang et al., 2025).
 
     `scales` of rows and columns and `shares` of the steps, stage by stage; the last scale is 1. At
-    a change of size the clean estimate is resized and made noisy again with fresh noise, `renoise`
-    times the noise-to-signal ratio that was reached. `gain` multiplies each further stage's
+    a change of size the clean estimate is resized and made noisy again, `renoise` times the
+    noise-to-signal ratio that was reached. `noise` "initial" takes the run's own first noise, each
+    place's part of it, so that the picture stays the seed's; "fresh", as the authors, draws anew
+    and makes another picture. `gain` multiplies each further stage's
     timestep shift (flow matching), beside the factor √(share of tokens). `positions`: see `Layout`;
     "native" is what models know that were trained at several sizes. `text_bias` ρ (Jenga: 0.5):
     in smaller stages ρ·log(full/live places) is added to the logits of picture to text in joint
@@ -40,6 +42,7 @@ class Progressive:
     renoise: float = 1.0
     gain: float = 1.0
     positions: str = "native"
+    noise: str = "initial"
     text_bias: float = 0.0
 
     def __post_init__(self) -> None:
@@ -52,7 +55,7 @@ class Progressive:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to a denoiser whose family can take other sizes."""
-        staged = stage(denoiser, self, self.positions)
+        staged = stage(denoiser, self, self.positions, self.noise)
         if not self.text_bias:
             return staged
         try:

@@ -13,7 +13,7 @@ from accel.denoiser import Denoiser
 from accel.layout import Layout
 from accel.method import AccelError, Handle, check, is_number
 from accel.noise_levels import NoiseLevels, Sigmas
-from accel.stages import Stage
+from accel.stages import Stage, check_words
 from accel.staging import stage
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ class RALU:
 
     Three stages over data times 0 → `ends[0]` → `ends[1]` → 1 (1 − σ): every 2×2 block of tokens as
     one; the `ratio` of coarse tokens with most edge pixels split; all split. `shares` of the steps.
-    At a boundary the noisy tokens are repeated and whitened with correlated noise, which multiplies
-    their noise-to-signal ratio by `jump` (Z in the paper, 2 or more); `shifts` are the stages'
-    timestep shifts. Defaults: the paper's FLUX setting of 5×, whose 15 steps are shared 4, 5, 6.
-    `ratio` 1 splits everything at the first boundary, 0 at the second: both are plain two-stage
-    runs. `regions`: "edges", or "random" to compare with. `positions`: see `Layout`.
+    At a boundary the noisy tokens are repeated, and their noise-to-signal ratio is multiplied by
+    `jump` (Z in the paper, 2 or more); `shifts` are the stages' timestep shifts. `noise` "initial"
+    gives each token its own part of the run's first noise, so that the picture stays the seed's;
+    "fresh", as the authors, whitens with correlated noise and makes another picture. Defaults: the
+    paper's FLUX setting of 5×, whose 15 steps are shared 4, 5, 6. `ratio` 1 splits everything at
+    the first boundary, 0 at the second: both are plain two-stage runs. `regions`: "edges", or
+    "random" to compare with. `positions`: see `Layout`.
 
     Differs from the authors' code: the decoded picture's dark half is not clipped away before edges
     are looked for, tokens that are not split get exactly the noise of the level, seeds are the
@@ -51,6 +53,7 @@ class RALU:
     ratio: float = 0.2
     regions: str = "edges"
     positions: str = "native"
+    noise: str = "initial"
 
     def __post_init__(self) -> None:
         shares = len(self.shares) == 3 and all(is_number(x) and x > 0 for x in self.shares)
@@ -63,7 +66,7 @@ class RALU:
         check(is_number(self.jump) and self.jump >= 2, self, "jump", "a number of at least 2")
         check(is_number(self.ratio) and 0 <= self.ratio <= 1, self, "ratio", "between 0 and 1")
         check(self.regions in ("edges", "random"), self, "regions", '"edges" or "random"')
-        check(self.positions in ("native", "spread"), self, "positions", '"native" or "spread"')
+        check_words(self)
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to a model whose tokens carry coordinates; raises for others."""
@@ -72,7 +75,7 @@ class RALU:
                 f"RALU mixes tokens of two sizes, which needs their coordinates as an input; "
                 f"{type(denoiser.module).__name__} has none (FLUX has). Use Progressive"
             )
-        return stage(denoiser, self, self.positions)
+        return stage(denoiser, self, self.positions, self.noise)
 
     def stages(self, levels: NoiseLevels) -> list[Stage]:
         """Three stages; two where `ratio` leaves nothing to the second or the third."""
@@ -113,7 +116,7 @@ class RALU:
     def _chosen(self, crossing: Crossing) -> Tensor:
         """Coarse tokens to split, (live,) of bool."""
         count = len(crossing.layout.pick)
-        noise = crossing.noise(count)[0, :, 0].float().cpu()
+        noise = crossing.noise(crossing.layout)[0, :, 0].float().cpu()
         score = noise
         if self.regions == "edges":
             score = edges_in(crossing, count) + 1e-3 * torch.sigmoid(noise)

@@ -108,9 +108,9 @@ class VGDFR:
         )
         clean = crossing.encoded(clip)[:, :, : len(kept)]  # AutoencoderKLWan takes 4 frames a time
         places = crossing.form.places(crossing.form.tokens(clean))
-        noise = crossing.form.places(crossing.form.take(crossing.initial, layout))
         weights = crossing.levels.weights(crossing.after.sigmas[0])
-        return layout, crossing.form.shaped(renoised(places, noise, weights), layout.grid)
+        noisy = renoised(places, crossing.noise(layout), weights)
+        return layout, crossing.form.shaped(noisy, layout.grid)
 
     def merged(self, pictures: Tensor, factor: int, frames: int) -> set[int]:
         """First latent frame of each pair that merges, from (batch, 3, frames, height, width)."""

@@ -3,9 +3,10 @@
     python -m demos.zoo.speed_up_net train --minutes 12
     python -m demos.zoo.speed_up_net score --json benchmarks/results/emoji-unet-speed-up-net.json
 
-Guidance distillation and multi-step consistency: the run is cut into four segments, and from any
-point of a guided trajectory the student's one DDIM step must land where the teacher's three lead,
-at the segment's end.
+Guidance distillation and multi-step consistency: the run is cut into four segments, and from the
+start or the middle of one the student's one DDIM step must land where the teacher's steps lead, at
+the segment's end. In half of the trajectories a segment starts where the student itself landed.
+Training goes on from the adapter beside the model, if there is one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
@@ -29,8 +30,8 @@ from accel.samplers import speed_up_net
 from demos.zoo import train
 from demos.zoo.few_steps import Teacher, judged
 
-BATCH, GROUP, GROUPS = 16, 32, 20
-SEGMENTS, SUBSTEPS = 4, 3
+BATCH, GROUP, GROUPS = 16, 32, 40
+SEGMENTS, SUBSTEPS = 4, 6
 GUIDED = 0.1
 """Weight of guidance distillation."""
 FILE = Path("zoo/emoji-unet") / speed_up_net.FILE_NAME
@@ -78,31 +79,38 @@ class Processor:
         return output
 
 
-def segments(teacher: Teacher) -> dict[str, Tensor]:
-    """Points of guided trajectories with random negative prompts, and their segments' ends; cached.
+@torch.no_grad()
+def segments(teacher: Teacher, student: Student) -> dict[str, Tensor]:
+    """Starts and middles of segments of guided trajectories, and where these end; cached.
 
-    Of every two groups one has the empty negative prompt, the other captions.
+    Of every three groups two have the empty negative prompt, the third has captions. Every second
+    group starts its segments where the student landed.
     """
     file = train.CHECKPOINTS / "emoji-unet-sun-segments.pt"
     if file.exists():
         return torch.load(file, weights_only=True)  # type: ignore[no-any-return]
     generator = Generator().manual_seed(23)
-    ends = torch.linspace(999, -1, SEGMENTS + 1).round().int().tolist()
+    path = torch.linspace(999, -1, SEGMENTS * SUBSTEPS + 1).round().int().tolist()
     rows: list[tuple[Tensor, ...]] = []
     for group in range(GROUPS):
         _, prompts = teacher.batch(GROUP, generator)
         _, negatives = teacher.batch(GROUP, generator)
-        if group % 2 == 0:
+        if group % 3:
             negatives = torch.full((GROUP,), len(teacher.states) - 1)
-        path = torch.linspace(999, -1, SEGMENTS * SUBSTEPS + 1).round().int().tolist()
-        noise = torch.randn(GROUP, 8, 16, 16, generator=generator)
+        start = torch.randn(GROUP, 8, 16, 16, generator=generator)
         texts = teacher.states[prompts], teacher.states[negatives]
-        latents, estimates = teacher.solved(noise, path, *texts)
-        for place, (here, point, guided) in enumerate(zip(path, latents, estimates)):  # noqa: B905
-            end = SUBSTEPS * (place // SUBSTEPS + 1)
-            assert path[end] == ends[place // SUBSTEPS + 1]
-            times = (torch.full((GROUP,), each) for each in (here, path[end]))
-            rows.append((point, *times, prompts, negatives, latents[end], guided))
+        for first in range(0, SEGMENTS * SUBSTEPS, SUBSTEPS):
+            part = path[first : first + SUBSTEPS + 1]
+            latents, estimates = teacher.solved(start, part, *texts)
+            here, end = (torch.full((GROUP,), each) for each in (part[0], part[-1]))
+            for place in (0, SUBSTEPS // 2):
+                now = torch.full((GROUP,), part[place])
+                point = latents[place], now, end, prompts, negatives
+                rows.append((*point, latents[-1], estimates[place]))
+            if group % 2:
+                start = teacher.moved(start, student(start, here, *texts), here, end)
+            else:
+                start = latents[-1]
         print(f"trajectories {GROUP * (group + 1)}", flush=True)
     names = ("latents", "timesteps", "ends", "prompts", "negatives", "landed", "guided")
     found = {n: torch.cat(part) for n, part in zip(names, zip(*rows, strict=True), strict=True)}
@@ -127,15 +135,17 @@ def distillation(
 def train_adapter(minutes: float) -> None:
     """Fit the new keys, values and affine maps."""
     teacher = Teacher()
-    known = segments(teacher)
     student = Student(model_zoo.load("emoji-unet")[0].unet.requires_grad_(False))
+    if FILE.exists():
+        student.net.load_state_dict(load_file(FILE))
+    known = segments(teacher, student)
     averaged = train.fit(
         "emoji-unet-sun",
         student,
         lambda generator: distillation(teacher, student, known, generator),
         minutes=minutes,
         lr=3e-3,
-        ema=0.98,
+        ema=0.995,
     )
     weights = {key.removeprefix("net."): value.half() for key, value in averaged.items()}
     FILE.parent.mkdir(exist_ok=True)

@@ -76,7 +76,7 @@ def bound(method: LSSGen, channels: int = 4) -> tuple[_Stages, StagedRun]:
     """A method with a random upsampler and its run over 256 × 256 places, outside a pipeline."""
     clock = StepClock()
     stages = _Stages(method, random_upsampler(channels), clock)
-    run = StagedRun(stages, "LSSGen", generator=torch.Generator().manual_seed(1))
+    run = StagedRun(stages, "LSSGen")
     run._full = (1, 256, 256)
     clock.staging = run
     return stages, run
@@ -101,7 +101,8 @@ def test_after_the_transition_the_state_has_the_next_stages_level(levels) -> Non
     full = (1, 256, 256)
     clean = 1 + torch.randn(1, 4, 128, 128, generator=torch.Generator().manual_seed(0))
     layout, form = Layout.resized(full, (1, 128, 128)), Form(packed=False, flat=True)
-    end = Crossing(1, levels, before, after, layout, form, clean, clean, clean, run)
+    run.white = torch.randn(1, 4, 256, 256, generator=torch.Generator().manual_seed(1))
+    end = Crossing(1, levels, before, after, layout, form, clean, clean, run)
     layout, state = stages.cross(end)
     assert layout.whole
     a, s = levels.weights(after.sigmas[0])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
+
 import diffusers as d
 import pytest
 import torch
 from tiny_pipelines import TINY, built, run
 
 import accel
-from accel import AccelError, BottleneckSampling, Progressive
+from accel import AccelError, BottleneckSampling, Progressive, generate, model_zoo
 from accel.attention_calls import AttentionCall
+from accel.layout import Form, Layout
+from accel.staging import StagedRun
 from accel.text_bias import biased
 
 LARGER = {
@@ -91,6 +96,45 @@ def test_rows_of_a_batch_follow_their_own_generators(name) -> None:
         second = {key: value[1:] for key, value in rows.items()}
         one = run(tiny, **second, generator=[torch.Generator().manual_seed(1)])
     assert (both[1:] - one).abs().max() <= 1e-3 * one.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("emoji-image", accel.RALU(shares=(0.3, 0.2, 0.5), ends=(0.2, 0.3), jump=6.0)),
+        (
+            "emoji-image",
+            BottleneckSampling(shares=(0.1, 0.4, 0.5), up=8.0, positions="spread"),
+        ),
+        ("emoji-unet", Progressive(renoise=2.0)),
+    ],
+)
+def test_with_the_runs_own_noise_the_picture_stays_the_seeds(name, method) -> None:
+    """Nearer to the untouched run than with fresh noise, by 2 dB and more."""
+    pipe, call, _ = model_zoo.load(name)
+    call |= {"prompt": "apple on a red background", "num_inference_steps": 12}
+    untouched = torch.from_numpy(generate.make(pipe, call, 0)[0]).float()
+    errors = {}
+    for noise in ("initial", "fresh"):
+        with accel.patched(pipe, dataclasses.replace(method, noise=noise)):
+            made = torch.from_numpy(generate.make(pipe, call, 0)[0]).float()
+        errors[noise] = float((made - untouched).square().mean())
+    assert errors["initial"] < errors["fresh"] / 10**0.2
+
+
+@pytest.mark.parametrize("noise", ["initial", "fresh"])
+def test_conditions_in_further_channels_are_not_pooled(noise) -> None:
+    """An inpainting U-Net: four channels of noise, five of what is known."""
+    form, layout = Form(packed=False, flat=True), Layout.resized((1, 4, 4), (1, 2, 2))
+    run_ = StagedRun(Progressive(noise=noise), "Progressive", noise=noise)
+    run_.form, run_.layout = form, layout
+    unet = SimpleNamespace(module=SimpleNamespace(config=SimpleNamespace(out_channels=4)))
+    latent = torch.randn(1, 9, 4, 4, generator=torch.Generator().manual_seed(0))
+    live = run_._live(latent, unet)
+    assert torch.equal(live[:, :4], form.pooled(latent[:, :4], layout))
+    assert torch.equal(live[:, 4:], form.take(latent[:, 4:], layout))
+    run_.step = 1
+    assert torch.equal(run_._live(latent, unet), form.take(latent, layout))
 
 
 CYCLE = accel.PlainCycle(interval=3, reuse=accel.Taylor(order=1))
@@ -244,6 +288,7 @@ def test_wrong_settings_are_refused() -> None:
         {"scales": (0.5,), "shares": (1.0,)},
         {"renoise": 0.0},
         {"positions": "middle"},
+        {"noise": "white"},
     ):
         with pytest.raises(AccelError):
             Progressive(**wrong)

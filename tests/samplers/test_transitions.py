@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from accel import AccelError
-from accel.layout import Layout
+from accel.layout import Form, Layout
 from accel.noise_levels import NoiseLevels
-from accel.transitions import correlated, draw_noise, renoised, repeated, resize
+from accel.transitions import correlated, data_in, draw_noise, renoised, repeated, resize
 
 COUNT = 1_000_000
 LEVELS = {
@@ -58,6 +58,34 @@ def test_t2_has_the_mean_variance_and_no_covariance(levels, factor) -> None:
     covariance = blocks.T @ blocks / len(blocks)
     off = covariance - torch.diag(covariance.diag())
     assert float(off.abs().max()) < 0.01 * new[1] ** 2
+
+
+@pytest.mark.parametrize("live", [(1, 500, 500), (1, 750, 750)])
+def test_pooled_noise_is_white_again_and_belongs_to_its_places(live) -> None:
+    full = (1, 1000, 1000)
+    layout, form = Layout.resized(full, live), Form(packed=False, flat=True)
+    drawn = noise(COUNT, 5).reshape(1, 1, *full[1:])
+    found = form.places(form.pooled(drawn, layout))[0, 0]
+    assert close(float(found.mean()) + 1, 1)
+    assert close(float(found.var()), 1)
+    rows = found.reshape(live[1:])
+    assert abs(float((rows[:, 1:] * rows[:, :-1]).mean())) < 0.01
+    inside = layout.spread == 7
+    wanted = drawn.flatten()[inside].sum() / math.sqrt(int(inside.sum()))
+    assert torch.allclose(found[7], wanted)
+    whole = Layout.resized(full, full)
+    assert torch.equal(form.pooled(drawn, whole), drawn)
+
+
+@pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
+def test_t2_with_the_runs_own_noise_has_it_exactly(levels) -> None:
+    """Single elements and blocks of four: the data repeated, and each copy's own noise."""
+    old, new = (levels.weights(sigma) for sigma in (levels.sigmas[-2], levels.sigmas[1]))
+    parents = torch.cat((torch.arange(100), 100 + torch.arange(400) // 4))
+    data, before, after = noise(200, 1), noise(200, 2), noise(500, 3)
+    noisy = old[0] * data + old[1] * before
+    state = renoised(data_in(noisy, before, old)[:, parents], after, new)
+    assert torch.allclose(state, new[0] * data[:, parents] + new[1] * after, atol=1e-5)
 
 
 def test_correlated_noise_of_a_quarter_has_no_block_mean() -> None:
