@@ -2,7 +2,7 @@
 
 A replay of sketches cannot run them. What they cost is known from probes (`accel.calibrate_probe`).
 What a kernel errs is known from them too; what stages change is what the run had not decided yet
-where its last stage begins, because fresh noise decides it anew.
+where its last stage begins, at most: it may be decided anew.
 """
 
 from __future__ import annotations
