@@ -1,9 +1,9 @@
 """Staged samplers on the zoo: speed, formula scores and distances to the untouched run.
 
-    python -m benchmarks.staged emoji-image --num-prompts 16
-    python -m benchmarks.staged emoji-unet --num-prompts 16
-    python -m benchmarks.staged emoji-video --num-prompts 16
-    python -m benchmarks.staged emoji-image --num-prompts 16 --rows LSSGen Progressive
+    python -m benchmarks.staged emoji-image --num-prompts 34
+    python -m benchmarks.staged emoji-unet --num-prompts 34
+    python -m benchmarks.staged emoji-video --num-prompts 34
+    python -m benchmarks.staged emoji-image --num-prompts 34 --rows LSSGen Progressive
     python -m benchmarks.staged --maps docs/ralu-regions.png
 
 For each prompt all rows run in turn. Speed-up is untouched CPU seconds (one thread) over a row's,
@@ -226,7 +226,8 @@ def main() -> None:
     rows = judged(given.model, captions, measured(given.model, names, captions))
     run = {
         "command": " ".join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
-        "prompts": f"{given.part}, the first {given.num_prompts}, {given.seeds} seeds each",
+        "prompts": f"{given.part}, the first {given.num_prompts}"
+        + (f", {given.seeds} seeds each" if given.seeds > 1 else ""),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "machine": f"{platform.machine()} CPU, one thread, other jobs beside",
         "rows": rows,
