@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,9 @@ def main() -> None:
     if options.what == "train":
         train_adapter(options.minutes)
         return
-    result = {"part": options.part, "seeds": options.seeds} | score(options.part, options.seeds)
+    command = " ".join(["python", "-m", "demos.zoo.speed_up_net", *sys.argv[1:]])
+    result = {"command": command, "part": options.part, "seeds": options.seeds}
+    result |= score(options.part, options.seeds)
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
