@@ -67,8 +67,7 @@ UPSAMPLED: dict[str, tuple[int, tuple[Any, ...]]] = {
         (accel.LSSGen(positions="spread", start=0.5, upsampler=str(UNTRAINED)),),
     ),
 }
-"""LSSGen beside Progressive with the same shares; with flow matching both begin the full size at
-about one level (σ 0.86), unless `start` is given."""
+"""LSSGen beside Progressive with the same shares, which begins the full size noisier."""
 ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
     "emoji-unet": {"untouched": (50, ()), **UPSAMPLED},
     "emoji-image": {
