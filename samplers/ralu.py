@@ -15,6 +15,7 @@ from accel.method import AccelError, Handle, check, is_number
 from accel.noise_levels import NoiseLevels, Sigmas
 from accel.stages import Stage, check_words
 from accel.staging import stage
+from accel.transitions import draw_noise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,10 +117,9 @@ class RALU:
     def _chosen(self, crossing: Crossing) -> Tensor:
         """Coarse tokens to split, (live,) of bool."""
         count = len(crossing.layout.pick)
-        noise = crossing.noise(crossing.layout)[0, :, 0].float().cpu()
-        score = noise
+        score = draw_noise(crossing.noisy, (1, count), crossing.run.generator)[0].float().cpu()
         if self.regions == "edges":
-            score = edges_in(crossing, count) + 1e-3 * torch.sigmoid(noise)
+            score = edges_in(crossing, count) + 1e-3 * torch.sigmoid(score)
         chosen = torch.zeros(count, dtype=torch.bool)
         chosen[score.topk(int(self.ratio * count)).indices] = True
         return chosen
