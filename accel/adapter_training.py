@@ -14,13 +14,15 @@ import torch
 from torch import Generator, Tensor
 
 from accel import registry
-from accel.adapters import VARIANTS, AdapterConfig, Adapters, width_of
-from accel.chain import Chain, parameters
+from accel.adapter_files import VARIANTS, save
+from accel.adapter_hosts import attention_hosts, weight_hosts
+from accel.adapters import AdapterConfig, Adapters
+from accel.chain import parameters
 from accel.family import ENCODER, Family
 from accel.geometry import prediction_kind
 from accel.loading import Loading, load
+from accel.low_rank import LowRank, LowRankConfig
 from accel.method import AccelError, check, is_count, is_number
-from accel.sublayer import sublayers
 
 UNBATCHED = ("rotary", "img_ids", "txt_ids")
 STEPS = (14, 26)
@@ -31,13 +33,15 @@ STEPS = (14, 26)
 class Training:
     """How adapters are trained: the settings of `accel adapters train`.
 
+    `variant`: "low_rank", offsets of all weights whose rank is `width` (see `accel.low_rank`), or
+    the paper's "cross" and "offset", networks of that width beside attention layers.
     `trajectories` guided runs of prompts from the list, `batch` at a time, each with a scale drawn
     from `scales`. Their states and both branches' predictions are kept beside the state of the
     training, so that a run that was stopped goes on. `minutes` are of training.
     """
 
-    variant: str = "cross"
-    width: int = 64
+    variant: str = "low_rank"
+    width: int = 16
     minutes: float = 10.0
     trajectories: int = 128
     scales: tuple[float, float] = (1.0, 8.0)
@@ -186,22 +190,28 @@ class Trainer:
 
     # --- training ------------------------------------------------------------------------------
 
-    def new_adapters(self, pool: Pool) -> Adapters:
-        """Untrained adapters beside the denoiser's attention layers."""
+    def new_adapters(self, pool: Pool) -> Adapters | LowRank:
+        """Untrained adapters of the plan's variant, which change nothing yet."""
         torch.manual_seed(self.plan.seed)
+        base, plan = type(self.module).__name__, self.plan
+        if plan.variant == "low_rank":
+            known = weight_hosts(self.module)
+            return LowRank(LowRankConfig(base, known, rank=plan.width, scales=plan.scales))
         return Adapters(
             AdapterConfig(
-                variant=self.plan.variant,  # type: ignore[arg-type]
-                base=type(self.module).__name__,
-                hosts=hosts(self.module, self.family),
+                variant=plan.variant,  # type: ignore[arg-type]
+                base=base,
+                hosts=attention_hosts(self.module, self.family),
                 text_width=pool.inputs[ENCODER].shape[-1],
-                width=self.plan.width,
-                scales=self.plan.scales,
+                width=plan.width,
+                scales=plan.scales,
                 time_unit=1.0 if float(pool.inputs["timestep"].max()) <= 1 else 1000.0,
             )
         )
 
-    def errors(self, adapters: Adapters, pool: Pool, rows: Tensor, scale: Tensor) -> Tensor:
+    def errors(
+        self, adapters: Adapters | LowRank, pool: Pool, rows: Tensor, scale: Tensor
+    ) -> Tensor:
         """Weighted mean square errors of the guided predictions, (rows,)."""
         adapters.guidance = scale
         inputs = {name: value[rows] for name, value in pool.inputs.items()}
@@ -211,7 +221,7 @@ class Trainer:
         errors = (found - uncond - wide * (cond - uncond)).square().flatten(1).mean(1)
         return errors * pool.weight[rows]  # type: ignore[no-any-return]
 
-    def train(self, say: Callable[[str], None]) -> tuple[Adapters, dict[str, float]]:
+    def train(self, say: Callable[[str], None]) -> tuple[Adapters | LowRank, dict[str, float]]:
         """Train, or go on; returns the adapters and what is known about the training."""
         pool = self.pool(say)
         changed = pool.change
@@ -244,7 +254,7 @@ class Trainer:
 
     def _step(
         self,
-        adapters: Adapters,
+        adapters: Adapters | LowRank,
         optimiser: torch.optim.Optimizer,
         pool: Pool,
         changed: Tensor,
@@ -279,7 +289,7 @@ class Trainer:
         return max(len(pool.cond) // 16, 1)
 
     @torch.no_grad()
-    def _held(self, adapters: Adapters, pool: Pool, changed: Tensor) -> float:
+    def _held(self, adapters: Adapters | LowRank, pool: Pool, changed: Tensor) -> float:
         """The error on 64 states that are not trained on, as a share of what guidance changes."""
         last = self._held_rows(pool) - 1
         rows = torch.linspace(0, last, min(last + 1, 64)).long()
@@ -291,7 +301,7 @@ class Trainer:
     def _save(
         self,
         file: Path,
-        adapters: Adapters,
+        adapters: Adapters | LowRank,
         optimiser: torch.optim.Optimizer,
         state: dict[str, float],
     ) -> None:
@@ -312,26 +322,6 @@ def velocity_weight(scheduler: Any, timesteps: Tensor) -> Tensor:
         return torch.ones(len(timesteps))
     kept: Tensor = scheduler.alphas_cumprod[timesteps.long()]
     return 1 / kept.float().clamp(min=1e-3)
-
-
-def hosts(module: Any, family: Family) -> dict[str, int]:
-    """Paths and channels of the attention layers that get an adapter.
-
-    Every cross-attention, as in the paper, or where there is none every joint attention; in a
-    U-Net, which has few, every self-attention too.
-    """
-    names = {id(part): name for name, part in module.named_modules()}
-    layers = sublayers(Chain(module, family), "AGD")
-    crossing = any(layer.kind == "cross" for layer in layers) and family.name != "unet"
-    kinds = ("cross",) if crossing else ("self", "cross", "fused")
-    chosen = [
-        layer.modules[1] if layer.kind == "fused" else layer.modules[0]
-        for layer in layers
-        if layer.kind in kinds
-    ]
-    if not chosen:
-        raise AccelError(f"AGD: {type(module).__name__} has no attention layers that are known")
-    return {names[id(attention)]: width_of(attention) for attention in chosen}
 
 
 def _gathered(states: list[tuple[dict[str, Any], Tensor, Tensor]], batch: int) -> Pool:
@@ -377,6 +367,6 @@ def train(
     trainer = Trainer(model, lines, plan, work or output / "work")
     adapters, state = trainer.train(say)
     notes = {"model": model, **asdict(plan), "prompts": prompts.name, **state}
-    adapters.save(output, notes)
+    save(adapters, output, notes)
     parameters_count = sum(value.numel() for value in adapters.parameters())
     return {"output": str(output), "parameters": parameters_count, **state}

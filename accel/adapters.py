@@ -9,19 +9,18 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from accel import trained_folder
+from accel.adapter_hosts import fitting, width_of
 from accel.family import ENCODER, HIDDEN, Arguments
+from accel.hooks import is_compiled_whole
 from accel.method import AccelError, Handle
 
-NAME = "adapters"
-"""Of the two files in a folder of adapters."""
-VARIANTS = ("cross", "offset")
+if TYPE_CHECKING:
+    from accel.denoiser import Denoiser
 
 
 @dataclass(frozen=True)
@@ -139,13 +138,6 @@ class Adapters(nn.Module):
         """Guidance scale ω of the forwards to come, or one for each row (b,)."""
         self._conditions: dict[str, tuple[Tensor, ...]] = {}
 
-    @torch.no_grad()
-    def freeze(self) -> None:
-        """The weights stay as they are: make their products once."""
-        for group in self.groups.values():
-            if isinstance(group, CrossHosts):
-                group.folded = group.fold()
-
     # --- the work of a forward -----------------------------------------------------------------
 
     def condition(self, timestep: Tensor, text: Tensor) -> None:
@@ -175,8 +167,8 @@ class Adapters(nn.Module):
 
     def attach(self, denoiser: Any, names: tuple[str, ...]) -> Handle:
         """Hook into a denoiser whose forward takes arguments `names`; raises for another base."""
-        modules = dict(denoiser.named_modules())
-        self._check(type(denoiser).__name__, modules)
+        known = self.config
+        modules = fitting(denoiser, known.base, known.hosts, width_of, "channels")
 
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             arguments = Arguments(names, args, kwargs)
@@ -184,8 +176,8 @@ class Adapters(nn.Module):
 
         hooks = [denoiser.register_forward_pre_hook(before, with_kwargs=True)]
         hooks += [
-            modules[path].register_forward_hook(_Addition(self, path), with_kwargs=True)
-            for path in self.config.hosts
+            module.register_forward_hook(_Addition(self, path), with_kwargs=True)
+            for path, module in modules.items()
         ]
 
         def undo() -> None:
@@ -195,36 +187,21 @@ class Adapters(nn.Module):
 
         return Handle(undo)
 
-    def _check(self, base: str, modules: dict[str, Any]) -> None:
-        known = self.config
-        missing = [path for path in known.hosts if path not in modules]
-        if base != known.base or missing:
+    def serve(self, denoiser: Denoiser) -> Handle:
+        """Attach to a patched denoiser; the weights stay as they are, so their products do."""
+        if is_compiled_whole(denoiser.module):
             raise AccelError(
-                f"these adapters are for a {known.base} with {len(known.hosts)} hosts; this {base} "
-                f"lacks {len(missing)} of them" + (f", first {missing[0]!r}" if missing else "")
+                f"AGD hooks into attention layers, but {denoiser.name} was compiled as a whole; "
+                f"use pipe.{denoiser.name}.compile_repeated_blocks() instead"
             )
-        found = {path: width_of(modules[path]) for path in known.hosts}
-        if found != known.hosts:
-            path = next(path for path in found if found[path] != known.hosts[path])
-            raise AccelError(
-                f"these adapters are for a {known.base} whose {path!r} has {known.hosts[path]} "
-                f"channels; here it has {found[path]}: they belong to another base"
-            )
+        for group in self.groups.values():
+            if isinstance(group, CrossHosts):
+                group.folded = group.fold()
+        return self.attach(denoiser.module, denoiser.names)
 
-    # --- files ---------------------------------------------------------------------------------
-
-    def save(self, folder: Path, notes: dict[str, Any]) -> None:
-        """Write weights in half precision and the configuration, with `notes` on the training."""
-        trained_folder.save(self, self.config, folder, NAME, notes)
-
-    @classmethod
-    def load(cls, folder: Path) -> Adapters:
-        """Adapters that `save` wrote, in fp32; raises `AccelError` for any other folder."""
-
-        def build(content: dict[str, Any]) -> Adapters:
-            return cls(AdapterConfig(**{**content, "scales": tuple(content["scales"])}))
-
-        return trained_folder.load(folder, NAME, build, "adapters", "`accel adapters train`")
+    def begin(self, scale: float) -> None:
+        """A run at a guidance scale."""
+        self.guidance = scale
 
 
 class _Addition:
@@ -236,12 +213,6 @@ class _Addition:
     def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         hidden = args[0] if args else kwargs[HIDDEN]
         return self.adapters.add(self.path, hidden, output)
-
-
-def width_of(attention: Any) -> int:
-    """Channels that an attention layer takes; a LoRA around its query changes nothing."""
-    query = getattr(attention, "to_q", None)
-    return int(getattr(query, "in_features", 0))
 
 
 def _by_channels(hosts: dict[str, int]) -> dict[int, list[str]]:

@@ -6,11 +6,11 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from accel import trained_folder
+from accel import adapter_files, trained_folder
 from accel.adapters import Adapters
 from accel.denoiser import Denoiser
 from accel.guidance import GuidanceContext, guide
-from accel.hooks import is_compiled_whole
+from accel.low_rank import LowRank
 from accel.method import AccelError, Handle, check
 
 if TYPE_CHECKING:
@@ -51,33 +51,27 @@ class AGD:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the denoiser's attention layers and its guidance branches."""
-        if is_compiled_whole(denoiser.module):
-            raise AccelError(
-                f"AGD hooks into attention layers, but {denoiser.name} was compiled as a whole; "
-                f"use pipe.{denoiser.name}.compile_repeated_blocks() instead"
-            )
         if denoiser.name == "transformer_2":
             raise AccelError("AGD adapters are for one denoiser; this pipeline has two")
-        adapters = Adapters.load(trained_folder.find(self.adapters, denoiser.module, "agd", TRAIN))
-        adapters.to(denoiser.module.device)
-        adapters.freeze()
+        folder = trained_folder.find(self.adapters, denoiser.module, "agd", TRAIN)
+        adapters = adapter_files.load(folder).to(denoiser.module.device)
         branches = guide(denoiser, lambda: _OneBranch(denoiser, adapters), "AGD")
         try:
-            hooks = adapters.attach(denoiser.module, denoiser.names)
+            serving = adapters.serve(denoiser)
         except BaseException:
             branches.remove()
             raise
-        return Handle.together([branches, hooks])
+        return Handle.together([branches, serving])
 
 
 class _OneBranch:
-    def __init__(self, denoiser: Denoiser, adapters: Adapters) -> None:
+    def __init__(self, denoiser: Denoiser, adapters: Adapters | LowRank) -> None:
         self.adapters, call = adapters, denoiser.clock.call
         scale = float(call.get("true_cfg_scale") or call.get("guidance_scale") or 1.0)
         low, high = adapters.config.scales
         if not low <= scale <= high and call:
             logger.warning("AGD: trained for scales %g to %g; %g extrapolates", low, high, scale)
-        adapters.guidance = scale
+        adapters.begin(scale)
 
     def begin(self, context: GuidanceContext) -> str:
         return "cond"
