@@ -120,6 +120,8 @@ class LowRank(nn.Module):
 
         Where a weight is quantised or not at hand (offloaded), its layer's output gets them.
         """
+        if self._undo and scale == self.guidance:
+            return
         self.restore()
         self.guidance = scale
         for path, host in self._served.items() if scale != 1 else ():

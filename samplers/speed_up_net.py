@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from accel.adapter_hosts import weight_hosts
 from accel.attention_calls import AttentionCall, AttentionLayer, Interception, attention_layers
 from accel.denoiser import Denoiser
 from accel.family import ENCODER, Arguments
 from accel.guidance import half, is_doubled
+from accel.low_rank import LowRank, LowRankConfig
 from accel.method import AccelError, Handle
 from accel.model_calls import dressed
 from accel.report import StepRow
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE_NAME = "adapters/speed_up_net.safetensors"
+RANK = 8
+"""Of the offsets that training begins with; a file says its own."""
+WHOLE = 2.0
+"""The scale at which offsets made for scales 1 to 2 are there as trained."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,14 @@ class SpeedUpNet:
     cross-attention h to the prompt, new keys and values attend to the negative prompt (n) and to
     the prompt (p), both scaled to the norm of h and given an affine map a channel: what goes on is
     h − n̂ + p̂. The adapter is trained for one model to do four steps of DDIM or DPM-Solver++ with
-    timestep spacing "trailing"; `python -m demos.zoo.speed_up_net train` trains one.
+    timestep spacing "trailing"; `python -m demos.zoo.speed_up_net train` trains one. Differs from
+    the paper: low-rank offsets of all weights (`accel.low_rank`) are trained with it and lie in the
+    weights while a run lasts, because new keys and values alone cannot learn long steps.
 
     `path`: its safetensors file; None takes `adapters/speed_up_net.safetensors` beside the model.
     The pipeline is called as ever, with a guidance scale above 1 and a negative prompt; how strong
     the guidance is was fixed in training, so that scale has no other effect. Differs from the
-    paper's code: negative text comes by the pipeline's own negative half instead of a doubled
+    paper's code, too: negative text comes by the pipeline's own negative half instead of a doubled
     prompt, so that ControlNets never see it, and norms are those of each sample, so that rows of a
     batch are independent.
 
@@ -58,13 +66,14 @@ class SpeedUpNet:
         layers = cross_attention(denoiser.module)
         net = loaded(self._file(denoiser), layers, denoiser.module)
         branch = _OneBranch(denoiser, net)
-        branches = denoiser.between(branch.call, "SpeedUpNet")
+        handles = [net.weights.serve(denoiser)]
         try:
-            attention = Interception(layers, branch.attend)
+            handles.append(denoiser.between(branch.call, "SpeedUpNet"))
+            handles.append(Handle(Interception(layers, branch.attend).remove))
         except BaseException:
-            branches.remove()
+            Handle.together(handles).remove()
             raise
-        return Handle.together([branches, Handle(attention.remove)])
+        return Handle.together(handles)
 
     def _file(self, denoiser: Denoiser) -> Path:
         origin = denoiser.module.config.get("_name_or_path") or "."
@@ -128,22 +137,39 @@ def cross_attention(unet: Any) -> list[AttentionLayer]:
     return layers
 
 
-def speed_up_net(layers: list[AttentionLayer]) -> nn.ModuleDict:
-    """An adapter that starts with the host's keys and values; layer names have `:` for `.`."""
-    named = {layer.name.replace(".", ":"): SpeedUpLayer(layer.module) for layer in layers}
-    return nn.ModuleDict(named)
+class SpeedUp(nn.Module):
+    """All that is trained: a part beside each cross-attention (`:` for `.` in the names of these
+    layers), starting with the host's keys and values, and offsets of weights (`hosts`: shapes)."""
+
+    def __init__(
+        self, unet: Any, layers: list[AttentionLayer], hosts: dict[str, list[int]], rank: int
+    ) -> None:
+        super().__init__()
+        named = {layer.name.replace(".", ":"): SpeedUpLayer(layer.module) for layer in layers}
+        self.layers = nn.ModuleDict(named)
+        config = LowRankConfig(type(unet).__name__, hosts, rank, scales=(1.0, WHOLE))
+        self.weights = LowRank(config)
+        self.weights.guidance = WHOLE
 
 
-def loaded(file: Path, layers: list[AttentionLayer], unet: Any) -> nn.ModuleDict:
+def fresh(unet: Any) -> SpeedUp:
+    """An adapter as training begins with it: with equal texts it changes nothing."""
+    net = SpeedUp(unet, cross_attention(unet), weight_hosts(unet), RANK)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.endswith(".bend"))  # one scale has no curve
+    return net
+
+
+def loaded(file: Path, layers: list[AttentionLayer], unet: Any) -> SpeedUp:
     """The adapter of a file, or `AccelError` when it was made for other layers."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    net = speed_up_net(layers)
     try:
         weights = load_file(file)
+        net = SpeedUp(unet, layers, *_offsets_in(weights))
         net.load_state_dict(weights)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:
         raise AccelError(f"SpeedUpNet: {file} cannot be read ({error})") from error
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()
@@ -154,10 +180,23 @@ def loaded(file: Path, layers: list[AttentionLayer], unet: Any) -> nn.ModuleDict
     return net.requires_grad_(False).eval()
 
 
+def _offsets_in(weights: dict[str, Tensor]) -> tuple[dict[str, list[int]], int]:
+    """The hosts whose offsets a file holds, with the shapes of their weights, and the rank."""
+    start, end = "weights.offsets.", ".up"
+    hosts, rank = {}, 1
+    for key, up in weights.items():
+        if key.startswith(start) and key.endswith(end):
+            inputs = weights[key.removesuffix(end) + ".down"].shape[1:]
+            path = key.removeprefix(start).removesuffix(end).replace(":", ".")
+            hosts[path] = [len(up), *inputs]
+            rank = max(rank, up.shape[1])
+    return hosts, rank
+
+
 class _OneBranch:
     """Runs the conditional half alone, while cross-attention sees both texts."""
 
-    def __init__(self, denoiser: Denoiser, net: nn.ModuleDict) -> None:
+    def __init__(self, denoiser: Denoiser, net: SpeedUp) -> None:
         self.denoiser, self.net = denoiser, net
         self.texts: tuple[Tensor, Tensor] | None = None
         """Prompt and negative prompt of the call in flight."""
@@ -172,6 +211,7 @@ class _OneBranch:
             )
         negative, prompt = arguments.get(ENCODER).chunk(2)
         self.net.to(prompt)
+        self.net.weights.begin(WHOLE)
         self.texts = prompt, negative
         try:
             output = run(Branch("cond", 0), *half(arguments, 1))
@@ -189,6 +229,6 @@ class _OneBranch:
         attended = call.plain()
         if self.texts is None:
             return attended
-        layer = self.net[call.layer.name.replace(".", ":")]
+        layer = self.net.layers[call.layer.name.replace(".", ":")]
         mixed: Tensor = layer(attended, call.query, *self.texts)
         return mixed

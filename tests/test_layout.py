@@ -18,8 +18,9 @@ CONTRACTS = {
     *("method", "family", "clock", "hooks", "site", "chain", "denoiser", "report", "signals"),
     *("block_calls", "geometry", "guard", "guidance", "adapters", "model_calls", "sublayer"),
     *("memory_budget", "optimal_steps", "similarity_filter", "stream_batch", "stream_session"),
-    *("layout", "noise_levels", "staging", "transitions", "stages", "crossing"),
+    *("layout", "noise_levels", "staging", "transitions", "stages", "crossing", "low_rank"),
     *("staged_scheduler", "text_bias", "attention_calls", "latent_upsampler", "trained_folder"),
+    *("adapter_files", "adapter_hosts"),
 }
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),

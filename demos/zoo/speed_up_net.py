@@ -39,15 +39,16 @@ FILE = Path("zoo/emoji-unet") / speed_up_net.FILE_NAME
 
 
 class Student(nn.Module):
-    """The frozen U-Net with the adapter inside its cross-attention, differentiably."""
+    """The frozen U-Net with the adapter inside its cross-attention and beside its weights."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()
-        self.layers = speed_up_net.cross_attention(unet)
-        self.net = speed_up_net.speed_up_net(self.layers)
+        self.net = speed_up_net.fresh(unet)
+        self.net.weights.attach(unet)
         self._unet = [unet]  # not a submodule: its weights are not trained and not averaged
         self.texts: tuple[Tensor, Tensor] | None = None
-        for layer, part in zip(self.layers, self.net.values(), strict=True):
+        layers = speed_up_net.cross_attention(unet)
+        for layer, part in zip(layers, self.net.layers.values(), strict=True):
             layer.module.set_processor(Processor(self, part))
 
     def forward(self, noisy: Tensor, timesteps: Tensor, prompt: Tensor, negative: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def distillation(
 
 
 def train_adapter(minutes: float) -> None:
-    """Fit the new keys, values and affine maps."""
+    """Fit the new keys, values and affine maps, and the offsets of the weights."""
     teacher = Teacher()
     student = Student(model_zoo.load("emoji-unet")[0].unet.requires_grad_(False))
     if FILE.exists():

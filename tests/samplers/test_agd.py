@@ -12,8 +12,10 @@ from tiny_pipelines import built, run
 
 import accel
 from accel import model_zoo, registry
-from accel.adapter_training import hosts
+from accel.adapter_files import VARIANTS, save
+from accel.adapter_hosts import attention_hosts, weight_hosts
 from accel.adapters import AdapterConfig, Adapters, CrossHosts
+from accel.low_rank import LowRank, LowRankConfig
 
 FAMILIES = ["sd15", "flux_cfg", "sd3", "pixart", "wan21"]
 ZOO = ["emoji-unet", "emoji-image", "emoji-video"]
@@ -31,34 +33,46 @@ def saved(name: str, folder: Path, variant: str = "cross", strength: float = 0.0
     """Adapters for a tiny pipeline whose last layers have this size; their folder."""
     tiny, _ = built(name)
     module = denoiser_of(tiny.pipe)
+    torch.manual_seed(0)
+    base = type(module).__name__
+    if variant == "low_rank":
+        adapters = LowRank(LowRankConfig(base, weight_hosts(module), rank=2))
+        for offset in adapters.offsets.values():
+            torch.nn.init.normal_(offset.up, std=strength / 4)
+            torch.nn.init.normal_(offset.bend, std=strength)
+    else:
+        adapters = Adapters(
+            AdapterConfig(
+                variant=variant,  # type: ignore[arg-type]
+                base=base,
+                hosts=attention_hosts(module, registry.family(module)),
+                text_width=text_width(tiny),
+                width=16,
+            )
+        )
+        for group in adapters.groups.values():
+            torch.nn.init.normal_(group.out, std=strength)
+    save(adapters, folder, {})
+    return str(folder)
+
+
+def text_width(tiny: Any) -> int:
+    """Channels of the text that a tiny pipeline's denoiser gets."""
     seen: list[int] = []
-    hook = module.register_forward_pre_hook(
+    hook = denoiser_of(tiny.pipe).register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["encoder_hidden_states"].shape[-1]),
         with_kwargs=True,
     )
     run(tiny, num_inference_steps=2)
     hook.remove()
-    torch.manual_seed(0)
-    adapters = Adapters(
-        AdapterConfig(
-            variant=variant,  # type: ignore[arg-type]
-            base=type(module).__name__,
-            hosts=hosts(module, registry.family(module)),
-            text_width=seen[0],
-            width=16,
-        )
-    )
-    for group in adapters.groups.values():
-        torch.nn.init.normal_(group.out, std=strength)
-    adapters.save(folder, {})
-    return str(folder)
+    return seen[0]
 
 
 def near(new: torch.Tensor, old: torch.Tensor, share: float = 1e-4) -> bool:
     return bool((new - old).abs().max() <= share * old.abs().max())
 
 
-@pytest.mark.parametrize("variant", ["cross", "offset"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_untrained_adapters_are_the_conditional_branch(name, variant, tmp_path) -> None:
     tiny, baseline = built(name)
@@ -70,10 +84,11 @@ def test_untrained_adapters_are_the_conditional_branch(name, variant, tmp_path) 
     assert torch.equal(run(tiny), baseline)
 
 
+@pytest.mark.parametrize("variant", ["cross", "low_rank"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_scale_acts_through_the_adapters(name, tmp_path) -> None:
+def test_the_scale_acts_through_the_adapters(name, variant, tmp_path) -> None:
     tiny, baseline = built(name)
-    folder = saved(name, tmp_path, strength=0.3)
+    folder = saved(name, tmp_path, variant, strength=0.3)
     plain = run(tiny, **{scale_name(name): 1.0})
     with accel.patched(tiny.pipe, accel.AGD(folder)):
         far = [(run(tiny, **{scale_name(name): s}) - plain).norm() for s in (1.001, 2.0, 6.0)]
@@ -81,12 +96,13 @@ def test_the_scale_acts_through_the_adapters(name, tmp_path) -> None:
     assert torch.equal(run(tiny), baseline)
 
 
+@pytest.mark.parametrize("variant", ["cross", "low_rank"])
 @pytest.mark.parametrize("name", ["sd15", "wan21"])
-def test_rows_of_a_batch_are_independent(name, tmp_path) -> None:
+def test_rows_of_a_batch_are_independent(name, variant, tmp_path) -> None:
     tiny, _ = built(name)
     rows = {"prompt": ["a cat", "zebra"], "negative_prompt": ["", ""]}
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    with accel.patched(tiny.pipe, accel.AGD(saved(name, tmp_path, strength=0.3))):
+    with accel.patched(tiny.pipe, accel.AGD(saved(name, tmp_path, variant, strength=0.3))):
         both = run(tiny, **rows, generator=generators)
         alone = {key: value[:1] for key, value in rows.items()}
         one = run(tiny, **alone, generator=[torch.Generator().manual_seed(0)])
@@ -110,8 +126,9 @@ def test_the_folded_products_are_attention() -> None:
         assert torch.allclose(found, expected @ group.out[index], atol=1e-5)
 
 
-def test_adapters_of_another_base_are_refused(tmp_path) -> None:
-    folder = saved("wan21", tmp_path)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_of_another_base_are_refused(variant, tmp_path) -> None:
+    folder = saved("wan21", tmp_path, variant)
     tiny, baseline = built("sd15")
     with pytest.raises(accel.AccelError, match="are for a WanTransformer3DModel"):
         accel.patch(tiny.pipe, accel.AGD(folder))
@@ -131,7 +148,7 @@ def test_other_paths_and_widths_are_refused(change, message, tmp_path) -> None:
     content = json.loads((tmp_path / "adapters.json").read_text())
     content.pop("training")
     content["hosts"] |= change
-    Adapters(AdapterConfig(**content)).save(tmp_path, {})
+    save(Adapters(AdapterConfig(**content)), tmp_path, {})
     with pytest.raises(accel.AccelError, match=message):
         accel.patch(tiny.pipe, accel.AGD(str(tmp_path)))
     assert torch.equal(run(tiny), baseline)
@@ -172,9 +189,10 @@ def test_models_with_embedded_guidance_and_two_denoisers_are_refused(tmp_path) -
     assert torch.equal(run(tiny), baseline)
 
 
-def test_a_cache_skips_the_adapters_with_the_blocks(tmp_path) -> None:
+@pytest.mark.parametrize("variant", ["cross", "low_rank"])
+def test_a_cache_skips_the_adapters_with_the_blocks(variant, tmp_path) -> None:
     tiny, _ = built("wan21")
-    folder = saved("wan21", tmp_path, strength=0.3)
+    folder = saved("wan21", tmp_path, variant, strength=0.3)
     ratios = tuple(1.0 - 0.001 * step for step in range(50))
     cache = accel.MagCache(threshold=0.5, max_skips=2, retention=0.2, ratios=ratios)
     with accel.patched(tiny.pipe, accel.AGD(folder), cache) as handle:

@@ -6,22 +6,50 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import STEPS, built, run
 
 import accel
-from accel.samplers.speed_up_net import cross_attention, speed_up_net
+from accel.samplers.speed_up_net import fresh
 
 CALL = {"guidance_scale": 4.0, "negative_prompt": "a dog"}
 
 
 @pytest.fixture
 def adapter(tmp_path) -> Path:
-    """An adapter as training begins with it: the host's own keys and values."""
+    """An adapter as training begins with it: the host's own keys and values, offsets of zero."""
     file = tmp_path / "net.safetensors"
-    unet = built("sd15")[0].pipe.unet
-    save_file(speed_up_net(cross_attention(unet)).state_dict(), file)
+    save_file(fresh(built("sd15")[0].pipe.unet).state_dict(), file)
     return file
+
+
+def test_offsets_act_during_runs_alone(adapter) -> None:
+    tiny, baseline = built("sd15")
+    weights = load_file(adapter)
+    before = [value.clone() for value in tiny.pipe.unet.state_dict().values()]
+    with accel.patched(tiny.pipe, accel.SpeedUpNet(path=str(adapter))):
+        without = run(tiny, **CALL)
+    for key in weights:
+        if key.endswith(".up"):
+            weights[key] = torch.full_like(weights[key], 0.1)
+    save_file(weights, adapter)
+    with accel.patched(tiny.pipe, accel.SpeedUpNet(path=str(adapter))):
+        acting = run(tiny, **CALL)
+        assert torch.equal(run(tiny, **CALL), acting)
+        now = tiny.pipe.unet.state_dict().values()
+        assert all(torch.equal(*pair) for pair in zip(before, now, strict=True))
+    assert not torch.allclose(acting, without, atol=1e-3)
+    assert torch.equal(run(tiny), baseline)
+
+
+def test_an_adapter_without_offsets_is_accepted(adapter) -> None:
+    tiny, _ = built("sd15")
+    with accel.patched(tiny.pipe, accel.SpeedUpNet(path=str(adapter))):
+        expected = run(tiny, **CALL)
+    weights = {k: v for k, v in load_file(adapter).items() if not k.startswith("weights.")}
+    save_file(weights, adapter)
+    with accel.patched(tiny.pipe, accel.SpeedUpNet(path=str(adapter))):
+        assert torch.allclose(run(tiny, **CALL), expected, atol=1e-5)
 
 
 def test_with_equal_texts_a_fresh_adapter_is_the_conditional_branch(adapter) -> None:
