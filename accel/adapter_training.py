@@ -156,10 +156,10 @@ class Trainer:
 
     @torch.no_grad()
     def _states(self, index: int, calls: int) -> Pool:
-        """The states of one call of the pipeline; its scale is the index-th share of the range."""
+        """The states of one call of the pipeline; scales of successive calls lie far apart."""
         low, high = self.plan.scales
         uniform = float(torch.rand((), generator=self.generator))
-        scale = low + (high - low) * (index + uniform) / calls
+        scale = low + (high - low) * ((0.618 * index + uniform / calls) % 1)
         picks = torch.randint(len(self.prompts), (self.plan.batch,), generator=self.generator)
         steps = int(torch.randint(*STEPS, (), generator=self.generator))
         recorder = Recorder(self.module, self.family)

@@ -17,6 +17,7 @@ from accel.method import AccelError
 
 REDRAW = 0.1
 """Least seconds between two drawings."""
+STOPPED = "Stopped the stream."
 LONGEST = 300
 """Characters of a prompt; the text encoder reads fewer."""
 
@@ -27,6 +28,8 @@ class StreamTab:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
         self._runs: dict[str | None, Run] = {}
+        self._loading: set[str | None] = set()
+        """Visitors whose stream is about to begin, unless they leave."""
 
     def build(self) -> None:
         """Lay the tab out and connect it."""
@@ -41,7 +44,7 @@ class StreamTab:
                     self.drawn = gr.Image(label="redrawn", elem_id="stream-out", **shown)
                 self.figures = gr.HTML(elem_id="stream-figures")
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-        going = self.go.click(
+        self.go.click(
             self._watch,
             [self.prompt, self.files, self.similarity],
             [self.entered, self.drawn, self.status, self.figures],
@@ -51,7 +54,7 @@ class StreamTab:
         )
         self.prompt.submit(self._reprompt, self.prompt, None, **quick)
         self.change.click(self._reprompt, self.prompt, None, **quick)
-        self.halt.click(self._stop, None, self.status, cancels=[going], **quick)
+        self.halt.click(self._stop, None, self.status, **quick)
 
     def _build_controls(self) -> None:
         first = forms.prompts(forms.ZOO + MODEL)[0]
@@ -71,22 +74,27 @@ class StreamTab:
             self.go = gr.Button("Stream", variant="primary", elem_id="stream-go")
             self.halt = gr.Button("Stop", variant="stop", elem_id="stream-stop")
 
-    def left(self, visitor: str | None) -> Run | None:
-        """End the stream of a visitor, if there is one, and give it."""
+    def left(self, visitor: str | None) -> None:
+        """End the stream of a visitor, if there is one or about to be one."""
+        self._loading.discard(visitor)
         run = self._runs.pop(visitor, None)
         if run is not None:
             run.stop()
-        return run
 
     def _watch(
         self, prompt: str, files: list[str] | None, similarity: float, request: gr.Request
     ) -> Iterator[tuple[Any, Any, str, str]]:
+        visitor = request.session_hash
         yield gr.skip(), gr.skip(), view.message("loading the model"), ""
-        self.left(request.session_hash)
+        self.left(visitor)
+        self._loading.add(visitor)
         try:
             paths = [Path(file) for file in files or []]
             run = self._streams.start(_short(prompt), paths, similarity)
-            self._runs[request.session_hash] = run
+            self._runs[visitor] = run
+            if visitor not in self._loading:
+                self.left(visitor)
+            self._loading.discard(visitor)
             drawn, last = 0.0, None
             for last in run:
                 if time.monotonic() - drawn > REDRAW:
@@ -98,7 +106,9 @@ class StreamTab:
                     )
         except AccelError as error:
             raise gr.Error(str(error), duration=None) from error
-        if last is not None and not run.stopped:
+        if run.stopped:
+            yield gr.skip(), gr.skip(), view.message(STOPPED), gr.skip()
+        elif last is not None:
             yield *_looks(last), view.message(f"Ended after {last.taken} frames."), _tiles(last)
 
     def _reprompt(self, prompt: str, request: gr.Request) -> None:
@@ -111,8 +121,11 @@ class StreamTab:
             raise gr.Error(str(error)) from error
 
     def _stop(self, request: gr.Request) -> str:
-        stopped = self.left(request.session_hash) is not None
-        return view.message("Stopped the stream." if stopped else "Nothing is streaming.")
+        """The stream says itself that it was stopped, too: after all that it still had to show."""
+        visitor = request.session_hash
+        stopped = visitor in self._loading or visitor in self._runs
+        self.left(visitor)
+        return view.message(STOPPED if stopped else "Nothing is streaming.")
 
 
 def _short(prompt: str) -> str:

@@ -2,6 +2,7 @@
 
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,9 +123,27 @@ def test_the_tab_shows_and_stops(streams, monkeypatch) -> None:
     assert "frame 1" in status and "frames a second" in figures and "left out" in figures
     tab._reprompt("frog on a red background", visitor)
     assert "Stopped" in tab._stop(visitor)
-    assert len(list(going)) <= 3
+    rest = list(going)
+    assert len(rest) <= 4 and "Stopped" in rest[-1][2], "after all that was still under way"
     assert "Nothing" in tab._stop(visitor) and not threads()
     tab._reprompt("nobody streams", visitor)
+
+
+def test_a_stream_that_is_stopped_while_it_loads_does_not_run(streams, monkeypatch) -> None:
+    pytest.importorskip("gradio")
+    from accel import demo_stream_tab
+
+    tab = demo_stream_tab.StreamTab(streams)
+    visitor, start = SimpleNamespace(session_hash="one"), streams.start
+    said = []
+
+    def slow(*args: Any) -> Any:
+        said.append(tab._stop(visitor))
+        return start(*args)
+
+    monkeypatch.setattr(streams, "start", slow)
+    assert "Stopped" in list(tab._watch("apple", None, 0.98, visitor))[-1][2]
+    assert "Stopped" in said[0] and not threads()
 
 
 def test_a_rate_before_the_second_picture_is_nothing() -> None:
