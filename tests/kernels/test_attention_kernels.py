@@ -110,6 +110,25 @@ def test_int8_products_stay_close(name, is_causal, way) -> None:
     assert error <= 0.03
 
 
+@interpreted
+@pytest.mark.parametrize("sums", ["fp32", "fp16"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "one key"])
+def test_e4m3_products_stay_close(name, is_causal, sums, monkeypatch) -> None:
+    """Both ways to sum them; for fp16 sums V is scaled otherwise than in the reference."""
+    from accel.kernels import sage_attention_triton
+
+    monkeypatch.setattr(sage_attention_triton, "sums_in_fp16", lambda _: sums == "fp16")
+    tensors = inputs(**SHAPES[name])
+    settings = {"attn_mask": None, "scale": None, "smoothing": SMOOTH_KEY}
+    made = sage_attention_triton.sage_triton(*tensors, is_causal=is_causal, fp8=True, **settings)
+    cosine, error = errors(made, exact(*tensors, is_causal=is_causal))
+    assert cosine >= 0.998
+    assert error <= 0.05
+    reference = sage_int8_fp8(*tensors, is_causal=is_causal)
+    assert errors(made, reference.double())[1] <= (0.02 if sums == "fp32" else 0.05)
+
+
 @pytest.mark.parametrize(("kernel", "bar"), [(sage_int8, 0.03), (sage_int8_fp8, 0.05)])
 def test_smoothing_is_needed(kernel, bar) -> None:
     tensors = inputs(64, 96)
