@@ -1,4 +1,4 @@
-"""AGD: adapters beside the attention layers make one branch predict what guidance makes of two."""
+"""AGD: adapters make one branch predict what guidance makes of two."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ class AGD:
     alone. Negative prompts do not act: the one of the training is baked in. Raises `AccelError` for
     adapters of another base and for models that take the scale as an input.
 
-    Differs from the paper: `accel.adapters.Adapters` says how. Static: rows of a batch are
-    independent. Holds the adapters' weights.
+    Differs from the paper: by default the adapters are low-rank offsets of all weights, which lie
+    in the weights while a run lasts (`accel.low_rank`). They cost nothing at a call and learn more
+    than the paper's networks beside attention layers, which are there too (`accel.adapters`).
+    Static: rows of a batch are independent. Holds the adapters' weights, and during a run a copy of
+    the weights that they change.
     """
 
     slot: ClassVar[str] = "guidance"
