@@ -184,3 +184,13 @@ def test_a_host_of_another_shape_is_refused(wan, tmp_path) -> None:
     with pytest.raises(accel.AccelError, match=r"'proj_out' has \[3, 3\] as its weight's shape"):
         accel.patch(tiny.pipe, accel.AGD(str(tmp_path)))
     assert torch.equal(run(tiny), baseline)
+
+
+def test_inference_mode_is_no_obstacle(wan) -> None:
+    tiny, baseline, folder = wan
+    with accel.patched(tiny.pipe, accel.AGD(folder)):
+        expected = run(tiny)
+        with torch.inference_mode():
+            assert torch.equal(run(tiny), expected)
+        assert torch.equal(run(tiny), expected)
+    assert torch.equal(run(tiny), baseline)

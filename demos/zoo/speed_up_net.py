@@ -146,7 +146,7 @@ def train_adapter(minutes: float) -> None:
         student,
         lambda generator: distillation(teacher, student, known, generator),
         minutes=minutes,
-        lr=3e-3,
+        lr=1e-3,
         ema=0.995,
     )
     weights = {key.removeprefix("net."): value.half() for key, value in averaged.items()}
