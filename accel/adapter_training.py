@@ -6,7 +6,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,12 @@ from accel.adapter_files import VARIANTS, save
 from accel.adapter_hosts import attention_hosts, weight_hosts
 from accel.adapters import AdapterConfig, Adapters
 from accel.chain import parameters
-from accel.family import ENCODER, Family
-from accel.geometry import prediction_kind
+from accel.family import ENCODER
+from accel.guided_runs import Pool, Recorder, gathered, nested, placed, velocity_weight
 from accel.loading import Loading, load
 from accel.low_rank import LowRank, LowRankConfig
 from accel.method import AccelError, check, is_count, is_number
 
-UNBATCHED = ("rotary", "img_ids", "txt_ids")
 STEPS = (14, 26)
 """Steps of a guided run are drawn from this range, so that timesteps vary."""
 
@@ -37,7 +36,9 @@ class Training:
     the paper's "cross" and "offset", networks of that width beside attention layers.
     `trajectories` guided runs of prompts from the list, `batch` at a time, each with a scale drawn
     from `scales`. Their states and both branches' predictions are kept beside the state of the
-    training, so that a run that was stopped goes on. `minutes` are of training.
+    training, so that a run that was stopped goes on. `minutes` are of training. On a GPU the frozen
+    model is in bfloat16 and its blocks are computed again in the backward pass; `device` "auto"
+    takes one if there is one.
     """
 
     variant: str = "low_rank"
@@ -48,6 +49,7 @@ class Training:
     lr: float = 2e-3
     batch: int = 16
     seed: int = 0
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         check(self.variant in VARIANTS, self, "variant", " or ".join(VARIANTS))
@@ -60,70 +62,19 @@ class Training:
         check(1 <= low < high, self, "scales", "two numbers, 1 ≤ lowest < highest")
 
 
-@dataclass
-class Pool:
-    """States of guided runs: `inputs` by argument name and the branches' predictions, all (n, …).
-
-    `weight` is what an error of the prediction counts: as an error of the velocity α·ε − σ·x, which
-    moves the picture alike at every noise level.
-    """
-
-    inputs: dict[str, Tensor] = field(default_factory=dict)
-    cond: Tensor = field(default_factory=Tensor)
-    uncond: Tensor = field(default_factory=Tensor)
-    weight: Tensor = field(default_factory=Tensor)
-    fixed: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def change(self) -> Tensor:
-        """What guidance changes in each state, (n,): the weighted mean square of cond − uncond."""
-        return self.weight * (self.cond - self.uncond).square().flatten(1).mean(1)
-
-
-class Recorder:
-    """A forward hook that gathers one guided run."""
-
-    def __init__(self, module: Any, family: Family) -> None:
-        self.names, self.family = parameters(module), family
-        self.states: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        self.waiting: tuple[dict[str, Any], Tensor] | None = None
-
-    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The denoiser was called: one branch, or both in one batch."""
-        inputs = dict(zip(self.names, args, strict=False)) | kwargs
-        prediction = output[0]
-        if self.family.guidance == "batched":
-            batch, cond = len(prediction) // 2, 0 if self.family.cond_first else 1
-            halves = prediction.chunk(2)
-            chosen = slice(cond * batch, (cond + 1) * batch)
-            rows = {name: cut(name, value, 2 * batch, chosen) for name, value in inputs.items()}
-            self.states.append((rows, halves[cond], halves[1 - cond]))
-        elif self.waiting is None:
-            self.waiting = (inputs, prediction)
-        else:
-            self.states.append((*self.waiting, prediction))
-            self.waiting = None
-
-
-def cut(name: str, value: Any, batch: int, chosen: slice) -> Any:
-    """An argument's rows, where it has a row for every sample."""
-    return value[chosen] if _has_rows(name, value, batch) else value
-
-
-def _has_rows(name: str, value: Any, batch: int) -> bool:
-    shared = any(part in name for part in UNBATCHED)
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == batch and not shared
-
-
 class Trainer:
     """Adapters of one pipeline's denoiser in training."""
 
     def __init__(self, model: str, prompts: list[str], plan: Training, work: Path) -> None:
         self.plan, self.prompts, self.work = plan, prompts, work
-        self.pipe, self.call, _ = load(model, Loading(device="cpu", dtype="fp32"))
-        self.model = model
+        gpu = torch.cuda.is_available() if plan.device == "auto" else plan.device != "cpu"
+        loading = Loading(device=plan.device, dtype="bf16" if gpu else "fp32")
+        self.pipe, self.call, _ = load(model, loading)
         name = "transformer" if getattr(self.pipe, "transformer", None) is not None else "unet"
         self.module = getattr(self.pipe, name).requires_grad_(False).eval()
+        self.device = next(self.module.parameters()).device
+        if gpu:
+            self.module.enable_gradient_checkpointing()
         self.family = registry.family(self.module)
         if self.family.guidance == "embedded":
             raise AccelError(
@@ -174,7 +125,7 @@ class Trainer:
             hook.remove()
         if not recorder.states:
             raise AccelError(f"{type(self.pipe).__name__} did not guide: no branches were seen")
-        pool = _gathered(recorder.states, self.plan.batch)
+        pool = gathered(recorder.states, self.plan.batch)
         pool.weight = velocity_weight(self.pipe.scheduler, pool.inputs["timestep"])
         return pool
 
@@ -215,17 +166,21 @@ class Trainer:
         """Weighted mean square errors of the guided predictions, (rows,)."""
         adapters.guidance = scale
         inputs = {name: value[rows] for name, value in pool.inputs.items()}
-        found = self.module(**{**pool.fixed, **inputs, "return_dict": False})[0]
-        cond, uncond = pool.cond[rows], pool.uncond[rows]
+        given = {
+            name: placed(value, self.device) for name, value in {**pool.fixed, **inputs}.items()
+        }
+        found = self.module(**nested(given | {"return_dict": False}))[0].float().cpu()
+        cond, uncond = pool.cond[rows].float(), pool.uncond[rows].float()
         wide = scale.reshape(-1, *[1] * (cond.dim() - 1))
         errors = (found - uncond - wide * (cond - uncond)).square().flatten(1).mean(1)
-        return errors * pool.weight[rows]  # type: ignore[no-any-return]
+        weighted: Tensor = errors * pool.weight[rows]
+        return weighted
 
     def train(self, say: Callable[[str], None]) -> tuple[Adapters | LowRank, dict[str, float]]:
         """Train, or go on; returns the adapters and what is known about the training."""
         pool = self.pool(say)
         changed = pool.change
-        adapters = self.new_adapters(pool)
+        adapters = self.new_adapters(pool).to(self.device)
         optimiser = torch.optim.AdamW(adapters.parameters(), lr=self.plan.lr, weight_decay=0.0)
         state = {"step": 0.0, "seconds": 0.0}
         file = self.work / f"{self.plan.variant}.pt"
@@ -314,29 +269,6 @@ class Trainer:
         }
         torch.save(content, part)
         part.replace(file)
-
-
-def velocity_weight(scheduler: Any, timesteps: Tensor) -> Tensor:
-    """What an error of the prediction counts as one of the velocity: 1/ᾱ for noise, else 1."""
-    if prediction_kind(scheduler) != "epsilon":
-        return torch.ones(len(timesteps))
-    kept: Tensor = scheduler.alphas_cumprod[timesteps.long()]
-    return 1 / kept.float().clamp(min=1e-3)
-
-
-def _gathered(states: list[tuple[dict[str, Any], Tensor, Tensor]], batch: int) -> Pool:
-    """One call's states as a pool; scalar timesteps become one for each row."""
-    first = states[0][0]
-    rows = [name for name, value in first.items() if _has_rows(name, value, batch)]
-    inputs = {name: torch.cat([state[0][name] for state in states]) for name in rows}
-    times = [torch.as_tensor(state[0]["timestep"]).expand(batch) for state in states]
-    inputs["timestep"] = torch.cat(times).float()
-    return Pool(
-        inputs=inputs,
-        cond=torch.cat([state[1] for state in states]),
-        uncond=torch.cat([state[2] for state in states]),
-        fixed={name: value for name, value in first.items() if name not in inputs},
-    )
 
 
 def read_scales(text: str) -> tuple[float, float]:

@@ -29,6 +29,7 @@ def train(
     scales: Annotated[str, typer.Option(help="lowest,highest guidance scale")] = "1,8",
     lr: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
     batch: Annotated[int, typer.Option(help="states in an update, prompts in a run")] = 16,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     work: Annotated[
@@ -51,6 +52,7 @@ def train(
         lr=lr,
         batch=batch,
         seed=seed,
+        device=device,
     )
     result = adapter_training.train(model, prompts, output, plan, _say, work)
     print(json.dumps(result))
