@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from accel import model_zoo
-from accel.method import AccelError
+from accel.method import AccelError, MissingError
 
 logger = logging.getLogger(__name__)
 DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,9 +75,14 @@ def _check(options: Loading) -> None:
         )
     if options.device != "auto":
         try:
-            torch.device(options.device)
+            device = torch.device(options.device)
         except RuntimeError as error:
             raise AccelError(f"unknown device {options.device!r}") from error
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise MissingError(f"device {options.device!r} is not here: {reason}") from error
 
 
 def _quiet() -> None:

@@ -63,6 +63,7 @@ def test_errors_fall_and_a_stopped_training_goes_on(folder, tmp_path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_errors_fall_on_a_gpu(folder, tmp_path) -> None:
     model, prompts = folder
     found = adapter_training.train(model, prompts, tmp_path, plan(device="cuda"), lambda _: None)

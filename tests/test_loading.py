@@ -77,6 +77,7 @@ def test_lora_by_file_or_json(unet_and_lora, as_json) -> None:
         ({"cpu_offload": "disk"}, "unknown --cpu-offload 'disk'; accepted: model, group"),
         ({"cpu_offload": "model", "device": "cpu"}, "--cpu-offload needs a device"),
         ({"device": "abacus"}, "unknown device 'abacus'"),
+        ({"device": "xpu"}, "device 'xpu' is not here"),
         ({"attention_backend": "magic"}, "--attention-backend 'magic'"),
         ({"lora": ("nowhere.safetensors",)}, "--lora nowhere.safetensors: cannot be loaded"),
         ({"lora": ("{",)}, "--lora: not JSON"),
