@@ -194,6 +194,14 @@ def is_compiled_whole(module: Any) -> bool:
     )
 
 
+def is_group_offloaded(module: Any) -> bool:
+    """Whether diffusers brings parts of the module to the device only while they are called."""
+    return any(
+        "group_offloading" in getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        for part in module.modules()
+    )
+
+
 def adapters_of(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of a module's loaded LoRAs, and of those among them that are active."""
     layers = _adapter_layers(module)

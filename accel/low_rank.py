@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from accel.adapter_hosts import fitting, shape_of
+from accel.hooks import is_group_offloaded
 from accel.method import Handle
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class LowRank(nn.Module):
         self.guidance: Tensor | float = 1.0
         """Guidance scale ω of the calls to come, or one for each row (b,)."""
         self._served: dict[str, Any] = {}
+        self._moving = False
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -113,19 +115,20 @@ class LowRank(nn.Module):
     def serve(self, denoiser: Denoiser) -> Handle:
         """Be there for a patched denoiser's runs; raises `AccelError` for another base."""
         self._served = self._hosts(denoiser.module)
+        self._moving = is_group_offloaded(denoiser.module)
         return Handle.together([Handle(self.restore), denoiser.when_forgetting(self.restore)])
 
     def begin(self, scale: float) -> None:
         """A run at a guidance scale: its offsets go to the weights until the run is over.
 
-        Where a weight is quantised or not at hand (offloaded), its layer's output gets them.
+        Where a weight is quantised or comes and goes (offloaded), its layer's output gets them.
         """
         if self._undo and scale == self.guidance:
             return
         self.restore()
         self.guidance = scale
         for path, host in self._served.items() if scale != 1 else ():
-            if _is_plain(host.weight):
+            if _is_plain(host.weight) and not self._moving:
                 self._undo.append(_added(host.weight, self._offset(path).change(self.share)))
             else:
                 self._undo.append(self._hook(path, host))

@@ -36,8 +36,8 @@ class AGD:
     adapters of another base and for models that take the scale as an input.
 
     Differs from the paper: by default the adapters are low-rank offsets of all weights, which lie
-    in the weights while a run lasts (`accel.low_rank`). They cost nothing at a call and learn more
-    than the paper's networks beside attention layers, which are there too (`accel.adapters`).
+    in the weights while a run lasts (`accel.low_rank`) and cost nothing at a call. The paper's
+    networks beside attention layers are there too (`accel.adapters`).
     Static: rows of a batch are independent. Holds the adapters' weights, and during a run a copy of
     the weights that they change.
     """
@@ -53,7 +53,7 @@ class AGD:
         check(accepted, self, "adapters", "None or the path of a folder")
 
     def attach(self, denoiser: Denoiser) -> Handle:
-        """Attach to the denoiser's attention layers and its guidance branches."""
+        """Attach the adapters to the denoiser, and to its guidance branches."""
         if denoiser.name == "transformer_2":
             raise AccelError("AGD adapters are for one denoiser; this pipeline has two")
         folder = trained_folder.find(self.adapters, denoiser.module, "agd", TRAIN)

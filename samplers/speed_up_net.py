@@ -42,7 +42,7 @@ class SpeedUpNet:
     h − n̂ + p̂. The adapter is trained for one model to do four steps of DDIM or DPM-Solver++ with
     timestep spacing "trailing"; `python -m demos.zoo.speed_up_net train` trains one. Differs from
     the paper: low-rank offsets of all weights (`accel.low_rank`) are trained with it and lie in the
-    weights while a run lasts, because new keys and values alone cannot learn long steps.
+    weights while a run lasts.
 
     `path`: its safetensors file; None takes `adapters/speed_up_net.safetensors` beside the model.
     The pipeline is called as ever, with a guidance scale above 1 and a negative prompt; how strong
