@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from accel import registry
-from accel.adapter_files import VARIANTS, save
+from accel import adapter_files, registry
+from accel.adapter_files import VARIANTS
 from accel.adapter_hosts import attention_hosts, weight_hosts
 from accel.adapters import AdapterConfig, Adapters
 from accel.chain import parameters
@@ -38,7 +38,8 @@ class Training:
     from `scales`. Their states and both branches' predictions are kept beside the state of the
     training, so that a run that was stopped goes on. `minutes` are of training. On a GPU the frozen
     model is in bfloat16 and its blocks are computed again in the backward pass; `device` "auto"
-    takes one if there is one.
+    takes one if there is one. `start`: a folder of trained adapters that are learnt on from, with a
+    fresh optimiser; low-rank ones may be narrower than `width`. Guided runs follow the `seed`.
     """
 
     variant: str = "low_rank"
@@ -50,6 +51,7 @@ class Training:
     batch: int = 16
     seed: int = 0
     device: str = "auto"
+    start: str | None = None
 
     def __post_init__(self) -> None:
         check(self.variant in VARIANTS, self, "variant", " or ".join(VARIANTS))
@@ -141,8 +143,24 @@ class Trainer:
 
     # --- training ------------------------------------------------------------------------------
 
-    def new_adapters(self, pool: Pool) -> Adapters | LowRank:
-        """Untrained adapters of the plan's variant, which change nothing yet."""
+    def first_adapters(self, pool: Pool) -> Adapters | LowRank:
+        """Those that the plan starts from, else untrained ones, which change nothing yet."""
+        adapters, start = self._untrained(pool), self.plan.start
+        if start is None:
+            return adapters
+        known = adapter_files.load(Path(start))
+        if isinstance(known, LowRank) and isinstance(adapters, LowRank):
+            fits = adapters.take_over(known)
+        elif fits := known.config == adapters.config:
+            adapters.load_state_dict(known.state_dict())
+        if not fits:
+            raise AccelError(
+                f"--start {start}: these adapters are for another model, have another variant or "
+                "other scales, or are wider than asked for"
+            )
+        return adapters
+
+    def _untrained(self, pool: Pool) -> Adapters | LowRank:
         torch.manual_seed(self.plan.seed)
         base, plan = type(self.module).__name__, self.plan
         if plan.variant == "low_rank":
@@ -180,7 +198,7 @@ class Trainer:
         """Train, or go on; returns the adapters and what is known about the training."""
         pool = self.pool(say)
         changed = pool.change
-        adapters = self.new_adapters(pool).to(self.device)
+        adapters = self.first_adapters(pool).to(self.device)
         optimiser = torch.optim.AdamW(adapters.parameters(), lr=self.plan.lr, weight_decay=0.0)
         state = {"step": 0.0, "seconds": 0.0}
         file = self.work / f"{self.plan.variant}.pt"
@@ -299,6 +317,6 @@ def train(
     trainer = Trainer(model, lines, plan, work or output / "work")
     adapters, state = trainer.train(say)
     notes = {"model": model, **asdict(plan), "prompts": prompts.name, **state}
-    save(adapters, output, notes)
+    adapter_files.save(adapters, output, notes)
     parameters_count = sum(value.numel() for value in adapters.parameters())
     return {"output": str(output), "parameters": parameters_count, **state}

@@ -32,6 +32,7 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    start: Annotated[str | None, typer.Option(help="adapters to learn on from; a folder")] = None,
     work: Annotated[
         Path | None, typer.Option(help="where guided runs and state are kept; OUTPUT/work")
     ] = None,
@@ -53,6 +54,7 @@ def train(
         batch=batch,
         seed=seed,
         device=device,
+        start=start,
     )
     result = adapter_training.train(model, prompts, output, plan, _say, work)
     print(json.dumps(result))

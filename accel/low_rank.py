@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -137,6 +137,19 @@ class LowRank(nn.Module):
         """Give the denoiser its own weights back, bit for bit."""
         while self._undo:
             self._undo.pop()()
+
+    @torch.no_grad()
+    def take_over(self, known: LowRank) -> bool:
+        """Go on from trained offsets; what these are wider keeps its zero start.
+
+        False, and nothing done, if those are for another base or other scales, or are wider.
+        """
+        fits = replace(known.config, rank=self.config.rank) == self.config
+        if not fits or known.config.rank > self.config.rank:
+            return False
+        for mine, theirs in zip(self.parameters(), known.parameters(), strict=True):
+            mine[tuple(slice(count) for count in theirs.shape)] = theirs
+        return True
 
     def _offset(self, path: str) -> Offset:
         return self.offsets[_key(path)]  # type: ignore[return-value]

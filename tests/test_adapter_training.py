@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,23 @@ def test_errors_fall_and_a_stopped_training_goes_on(folder, tmp_path) -> None:
     with accel.patched(tiny.pipe, accel.AGD(str(tmp_path / "out"))):
         assert torch.isfinite(run(tiny)).all()
     assert torch.equal(run(tiny), baseline)
+
+
+def test_trained_adapters_are_learnt_on_from(folder, tmp_path) -> None:
+    model, prompts = folder
+    first = adapter_training.train(model, prompts, tmp_path / "first", plan(), lambda _: None)
+    short = {"start": str(tmp_path / "first"), "minutes": 1e-4}
+    for width in (8, 12):
+        again = plan(**short, width=width)
+        second = adapter_training.train(model, prompts, tmp_path / "on", again, lambda _: None)
+        assert second["step"] == 1
+        assert second["held_error"] < (1 + first["held_error"]) / 2, "near where the first ended"
+        shutil.rmtree(tmp_path / "on")
+    for settings in ({"width": 4}, {"scales": (1.0, 4.0)}, {"variant": "cross"}):
+        with pytest.raises(accel.AccelError, match=r"--start .*other scales, or are wider"):
+            adapter_training.train(
+                model, prompts, tmp_path / "on", plan(**short, **settings), lambda _: None
+            )
 
 
 @pytest.mark.gpu
