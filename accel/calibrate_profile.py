@@ -45,7 +45,6 @@ class PromptProfile:
     prompt: str
     seed: int
     guidance: float
-    batched: bool
     calls: int
     blocks: int
     latents: int
@@ -283,7 +282,6 @@ def _record(
         prompt=call["prompt"],
         seed=seed,
         guidance=guidance_scale(pipe, call),
-        batched=record.batched,
         calls=record.calls,
         blocks=sum(name.startswith("block.") and name.endswith("/cond") for name in values),
         latents=record.latents,

@@ -24,7 +24,7 @@ from accel.kernels.sage_attention_quantise import (
     quantise,
 )
 
-FP8_CAPABILITY = (8, 9)
+INT8_CAPABILITY, FP8_CAPABILITY = (8, 0), (8, 9)
 
 
 def sage_int8(
@@ -42,16 +42,8 @@ def sage_int8(
 
     By Triton on CUDA devices of compute capability ≥ 8.0, else by the reference.
     """
-    query, key, value = to_heads_first(layout, query, key, value)
-    check_inputs(query, key, value)
-    settings: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "smoothing": smoothing}
-    if why_not(query) is None:
-        from accel.kernels.sage_attention_triton import sage_triton
-
-        output = sage_triton(query, key, value, is_causal=is_causal, fp8=False, **settings)
-    else:
-        output = _by_reference(query, key, value, is_causal, **settings)
-    return to_heads_first(layout, output)[0]
+    settings = {"attn_mask": attn_mask, "scale": scale, "smoothing": smoothing}
+    return _int8(query, key, value, layout, is_causal, fp8=False, **settings)
 
 
 def sage_int8_fp8(
@@ -69,15 +61,28 @@ def sage_int8_fp8(
 
     By Triton on CUDA devices of compute capability ≥ 8.9, else by the reference.
     """
+    settings = {"attn_mask": attn_mask, "scale": scale, "smoothing": smoothing}
+    return _int8(query, key, value, layout, is_causal, fp8=True, **settings)
+
+
+def _int8(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: str,
+    is_causal: bool,
+    fp8: bool,
+    **settings: Any,
+) -> Tensor:
     query, key, value = to_heads_first(layout, query, key, value)
     check_inputs(query, key, value)
-    settings: dict[str, Any] = {"attn_mask": attn_mask, "scale": scale, "smoothing": smoothing}
-    if why_not(query, FP8_CAPABILITY) is None:
+    if why_not(query, FP8_CAPABILITY if fp8 else INT8_CAPABILITY) is None:
         from accel.kernels.sage_attention_triton import sage_triton
 
-        output = sage_triton(query, key, value, is_causal=is_causal, fp8=True, **settings)
+        output = sage_triton(query, key, value, is_causal=is_causal, fp8=fp8, **settings)
     else:
-        output = _by_reference(query, key, value, is_causal, value_range=E4M3_MAX, **settings)
+        settings["value_range"] = E4M3_MAX if fp8 else None
+        output = _by_reference(query, key, value, is_causal, **settings)
     return to_heads_first(layout, output)[0]
 
 
