@@ -98,6 +98,15 @@ def test_the_frozen_model_is_not_trained(folder, tmp_path) -> None:
     assert not any(value.requires_grad for value in trainer.module.parameters())
 
 
+def test_adapters_that_do_nothing_have_an_error_of_one(folder, tmp_path) -> None:
+    model, prompts = folder
+    trainer = Trainer(model, prompts.read_text().split("\n")[:2], plan(), tmp_path / "work")
+    pool = trainer.pool(lambda _: None)
+    adapters = trainer.first_adapters(pool)
+    adapters.attach(trainer.module)
+    assert trainer._held(adapters, pool, pool.change) == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"variant": "lora"}, {"minutes": 0}, {"trajectories": 3}, {"scales": (4, 2)}, {"width": 1}],
