@@ -107,7 +107,7 @@ class Trainer:
             fixed=parts[0].fixed,
         )
         self.work.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(pool), file)
+        _save_whole(vars(pool), file)
         return pool
 
     @torch.no_grad()
@@ -284,15 +284,20 @@ class Trainer:
         optimiser: torch.optim.Optimizer,
         state: dict[str, float],
     ) -> None:
-        part = file.with_suffix(".part")
         content = {
             "adapters": adapters.state_dict(),
             "optimiser": optimiser.state_dict(),
             "generator": self.generator.get_state(),
             "state": state,
         }
-        torch.save(content, part)
-        part.replace(file)
+        _save_whole(content, file)
+
+
+def _save_whole(content: Any, file: Path) -> None:
+    """Write a file that is whole or not there: a run may be stopped at any time."""
+    part = file.with_suffix(".part")
+    torch.save(content, part)
+    part.replace(file)
 
 
 def _optimiser(adapters: Adapters | LowRank) -> torch.optim.Optimizer:

@@ -98,6 +98,20 @@ def test_the_frozen_model_is_not_trained(folder, tmp_path) -> None:
     assert not any(value.requires_grad for value in trainer.module.parameters())
 
 
+def test_guided_runs_are_kept_whole_or_not_at_all(folder, tmp_path, monkeypatch) -> None:
+    model, prompts = folder
+    trainer = Trainer(model, prompts.read_text().split("\n")[:2], plan(), tmp_path / "work")
+
+    def stopped(content: Any, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", stopped)
+        trainer.pool(lambda _: None)
+    assert len(trainer.pool(lambda _: None).cond) == len(trainer.pool(lambda _: None).cond) > 0
+
+
 def test_adapters_that_do_nothing_have_an_error_of_one(folder, tmp_path) -> None:
     model, prompts = folder
     trainer = Trainer(model, prompts.read_text().split("\n")[:2], plan(), tmp_path / "work")
