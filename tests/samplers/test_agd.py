@@ -232,7 +232,7 @@ def test_shipped_adapters_guide_in_one_branch(shipped) -> None:
         found = latents(pipe, call)
         assert handle.report().share_computed == 0.5
         far = [(latents(pipe, call | {scale: s}) - plain).norm() for s in (1.5, 3.0, 6.0)]
-    assert (found - guided).norm() < 0.8 * (plain - guided).norm()
+    assert (found - guided).norm() < 0.65 * (plain - guided).norm()
     assert far[0] < far[1] < far[2]
     assert torch.equal(latents(pipe, call), guided)
 
