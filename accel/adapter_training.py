@@ -238,10 +238,10 @@ class Trainer:
     ) -> None:
         """One update on rows of the pool; a row's scale is drawn anew each time.
 
-        What guidance changes in a state, c, is fifty times larger in the first noisy steps than
-        later, where what is missed stays to be seen. So an error counts by 1/√c of its square: rows
-        are drawn in proportion to c^¼ and weighted by c^-¾. An error counts as a share of what its
-        scale changes. The first run is held out.
+        What guidance changes in a state, c, is far larger in the first noisy steps than later,
+        where what is missed stays to be seen. So a squared error counts by 1/√c: rows are drawn in
+        proportion to c^¼ and weighted by c^-¾. It counts as a share of what its scale changes.
+        The first states are held out.
         """
         plan, done = self.plan, state["seconds"] / (60 * self.plan.minutes)
         warm = min(1.0, (state["step"] + 1) / 50)
