@@ -61,16 +61,16 @@ def clips(count: int, held: bool, seed: int) -> Tensor:
         first = int(torch.randint(SPAN, (), generator=generator))
         steps = speeds[first : first + FRAMES - 1] * FINE
         at = torch.cat((torch.zeros(1), steps.cumsum(0))).long()
-        track = data.render_videos(
+        clip = data.render_videos(
             pictures,
             torch.tensor([data.NAMES.index(name)]),
             torch.tensor([data.COLOUR_NAMES.index(colour)]),
             torch.tensor([data.MOTION_NAMES.index(motion or "")]),
-            int(at[-1]) + 1,
+            data.even_times(int(at[-1]) + 1)[:, at],
             SIZE,
             generator,
         )
-        made.append(track[:, :, at])
+        made.append(clip)
     return torch.cat(made)
 
 

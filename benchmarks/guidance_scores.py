@@ -51,14 +51,14 @@ class Model:
     """A zoo model, its guided call and the captions to draw."""
 
     def __init__(self, name: str, part: Any, count: int, scale: float | None) -> None:
-        self.pipe, self.call, fps = model_zoo.load(name)
+        self.pipe, self.call, _ = model_zoo.load(name)
         self.scale_name = "true_cfg_scale" if "true_cfg_scale" in self.call else "guidance_scale"
         self.call[self.scale_name] = scale or self.call[self.scale_name]
         lines = model_zoo.prompts(name, part).read_text(encoding="utf-8").splitlines()
         self.captions = (lines * (count // len(lines) + 1))[:count]
-        size = self.call["height"]
-        self.judge = evaluate.CaptionClassifier(size, fps is not None)
-        self.real = evaluate.reference_features(size, fps is not None)
+        form = self.call["height"], self.call.get("num_frames", 1)
+        self.judge = evaluate.CaptionClassifier(*form)
+        self.real = evaluate.reference_features(*form)
 
     def arguments(self, row: str) -> dict[str, Any]:
         """The call of a row: without guidance for "plain"."""

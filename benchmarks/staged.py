@@ -130,9 +130,10 @@ def measured(model: str, names: list[str], captions: list[str]) -> dict[str, dic
 
 def judged(model: str, captions: list[str], rows: dict[str, dict[str, Any]]) -> list[Any]:
     """One JSON row for each."""
-    call, video = model_zoo.settings(model)["call"], bool(model_zoo.settings(model)["fps"])
-    judge = judging.CaptionClassifier(call["height"], video)
-    known = judging.reference_features(call["height"], video)
+    call = model_zoo.settings(model)["call"]
+    form = call["height"], call.get("num_frames", 1)
+    judge = judging.CaptionClassifier(*form)
+    known = judging.reference_features(*form)
     labels = torch.tensor([data.NAMES.index(data.parse(caption)[0]) for caption in captions])
     untouched = torch.stack(rows["untouched"]["clips"])
     found, first = [], None

@@ -160,10 +160,16 @@ def render_images(
     return _place(pictures[names], _grounds(colours), pose, size)
 
 
-def _tracks(motions: Tensor, frames: int, generator: Generator) -> Tensor:
-    """Poses (n, frames, 4) for motion indices (n,)."""
+def even_times(frames: int) -> Tensor:
+    """When frames at an even rate are seen, (1, frames): 0 is the motion's start, 1 its end."""
+    return torch.linspace(0, 1, frames)[None]
+
+
+def _tracks(motions: Tensor, times: Tensor, generator: Generator) -> Tensor:
+    """Poses (n, frames, 4) for motion indices (n,), at times (n, frames)."""
     count = len(motions)
-    time = torch.linspace(0, 1, frames)[None]
+    time = times.expand(count, -1)
+    frames = time.shape[1]
     x = _uniform(count, -0.12, 0.12, generator)[:, None].expand(-1, frames)
     y = _uniform(count, -0.12, 0.12, generator)[:, None].expand(-1, frames)
     scale = _uniform(count, 0.55, 0.65, generator)[:, None].expand(-1, frames)
@@ -172,7 +178,6 @@ def _tracks(motions: Tensor, frames: int, generator: Generator) -> Tensor:
     sweep = reach * (2 * time - 1)
     still = torch.zeros(count, frames)
     hop = 0.42 - 0.8 * torch.abs(torch.sin(2 * math.pi * time)) * (reach / 0.5)
-    zoom = 0.35 + 0.45 * time
     swing = 0.6 * torch.sin(4 * math.pi * time)
     moves: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {
         "left": (-sweep, y, scale, still),
@@ -180,8 +185,8 @@ def _tracks(motions: Tensor, frames: int, generator: Generator) -> Tensor:
         "up": (x, -sweep, scale, still),
         "down": (x, sweep, scale, still),
         "spin": (x, y, scale, turn * 2 * math.pi * time),
-        "grow": (x, y, zoom.expand(count, -1), still),
-        "shrink": (x, y, zoom.flip(1).expand(count, -1), still),
+        "grow": (x, y, 0.35 + 0.45 * time, still),
+        "shrink": (x, y, 0.8 - 0.45 * time, still),
         "bounce": (x, hop, 0.85 * scale, still),
         "wobble": (x, y, scale, turn * swing),
     }
@@ -197,12 +202,16 @@ def render_videos(
     names: Tensor,
     colours: Tensor,
     motions: Tensor,
-    frames: int,
+    times: Tensor,
     size: int,
     generator: Generator,
 ) -> Tensor:
-    """Moving pictures: (n, 3, frames, size, size) in [-1, 1]; see `render_images`."""
-    poses = _tracks(motions, frames, generator).flatten(0, 1)
+    """Moving pictures: (n, 3, frames, size, size) in [-1, 1]; see `render_images`.
+
+    times: (n, frames), or (1, frames) for all; see `even_times`.
+    """
+    frames = times.shape[1]
+    poses = _tracks(motions, times, generator).flatten(0, 1)
     repeated = pictures[names].repeat_interleave(frames, 0)
     grounds = _grounds(colours).repeat_interleave(frames, 0)
     drawn = _place(repeated, grounds, poses, size)

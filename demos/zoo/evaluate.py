@@ -87,10 +87,10 @@ def _centred(video: Tensor, x: Tensor, y: Tensor, index: int) -> Tensor:
 class CaptionClassifier:
     """Names from pictures: a linear layer on efficientnet-lite0 features of real renders."""
 
-    def __init__(self, size: int, video: bool) -> None:
+    def __init__(self, size: int, frames: int) -> None:
         generator = Generator().manual_seed(11)
         names = torch.arange(len(data.NAMES)).repeat(VIEWS)
-        images = real_pictures(names, size, video, generator)
+        images = real_pictures(names, size, frames, generator)
         features = metrics.lite0_features(images)
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
         normal = (features - self.mean) / self.std
@@ -103,7 +103,7 @@ class CaptionClassifier:
             optimiser.step()
             optimiser.zero_grad()
         fresh = torch.arange(len(data.NAMES)).repeat(4)
-        held = metrics.lite0_features(real_pictures(fresh, size, video, generator))
+        held = metrics.lite0_features(real_pictures(fresh, size, frames, generator))
         self.accuracy = float((self.scores(held).argmax(1) == fresh).float().mean())
 
     @torch.no_grad()
@@ -112,38 +112,40 @@ class CaptionClassifier:
         return self.layer((features - self.mean) / self.std).log_softmax(1)
 
 
-def real_pictures(names: Tensor, size: int, video: bool, generator: Generator) -> Tensor:
-    """Real pictures in [0, 1] at the model's resolution; for video, frames of moving ones."""
+def real_pictures(names: Tensor, size: int, frames: int, generator: Generator) -> Tensor:
+    """Real pictures in [0, 1] at the model's resolution, or one frame each of clips."""
     pictures = data.sprites()
     colours = torch.randint(len(data.COLOURS), (len(names),), generator=generator)
-    if not video:
+    if frames == 1:
         return (data.render_images(pictures, names, colours, size, generator) + 1) / 2
     motions = torch.randint(len(data.MOTIONS), (len(names),), generator=generator)
-    clips = data.render_videos(pictures, names, colours, motions, 9, size, generator)
-    chosen = torch.randint(9, (len(names),), generator=generator)
+    times = data.even_times(frames)
+    clips = data.render_videos(pictures, names, colours, motions, times, size, generator)
+    chosen = torch.randint(frames, (len(names),), generator=generator)
     return (clips[torch.arange(len(names)), :, chosen] + 1) / 2
 
 
-def real_clips(captions: list[str], size: int, video: bool, seed: int = 12) -> Tensor:
+def real_clips(captions: list[str], size: int, frames: int, seed: int = 12) -> Tensor:
     """Renders of captions: (n, frames, 3, size, size) in [0, 1]; one frame for pictures."""
     parsed = [data.parse(caption) for caption in captions]
     names = torch.tensor([data.NAMES.index(name) for name, _, _ in parsed])
     colours = torch.tensor([data.COLOUR_NAMES.index(colour) for _, colour, _ in parsed])
     generator = Generator().manual_seed(seed)
-    if not video:
+    if frames == 1:
         images = data.render_images(data.sprites(), names, colours, size, generator)
         return (images[:, None] + 1) / 2
     motions = torch.tensor([data.MOTION_NAMES.index(motion) for _, _, motion in parsed if motion])
-    clips = data.render_videos(data.sprites(), names, colours, motions, 9, size, generator)
+    times = data.even_times(frames)
+    clips = data.render_videos(data.sprites(), names, colours, motions, times, size, generator)
     return (clips.transpose(1, 2) + 1) / 2
 
 
-def reference_features(size: int, video: bool) -> Tensor:
+def reference_features(size: int, frames: int) -> Tensor:
     """Features of real clips of other captions than those judged: what KID compares with."""
-    entries = data.combinations(video, held=False)
+    entries = data.combinations(video=frames > 1, held=False)
     order = torch.randperm(len(entries), generator=Generator().manual_seed(13))[:REFERENCE]
     captions = [data.caption(*entries[int(index)]) for index in order]
-    return _features(real_clips(captions, size, video, seed=14))
+    return _features(real_clips(captions, size, frames, seed=14))
 
 
 def _features(clips: Tensor) -> Tensor:
@@ -172,11 +174,11 @@ def distances_to_real(clips: Tensor, captions: list[str], views: int = 48) -> Te
     Cosine distance of lite0 features, averaged over the frames judged. Finer than recognition: it
     tells a clean drawing from a blurred one that is still recognised.
     """
-    video, size = clips.shape[1] > 1, clips.shape[-1]
+    frames, size = clips.shape[1], clips.shape[-1]
     found = torch.empty(len(clips))
     for caption in sorted(set(captions)):
         mine = torch.tensor([index for index, each in enumerate(captions) if each == caption])
-        real = _unit_features(real_clips([caption] * views, size, video, seed=15))
+        real = _unit_features(real_clips([caption] * views, size, frames, seed=15))
         similarity = torch.einsum("fnd,fvd->nv", _unit_features(clips[mine]), real)
         found[mine] = 1 - similarity.amax(1) / len(_frames(clips))
     return found
@@ -228,11 +230,11 @@ def _share(hits: Any) -> float:
 
 def evaluate(model: str, captions: list[str], steps: list[int], guidance: list[float]) -> dict:
     """Scores of a zoo model for several step counts and guidance scales."""
-    pipe, call, fps = model_zoo.load(model)
-    size, video = call["height"], fps is not None
-    judge = CaptionClassifier(size, video)
-    real = real_clips(captions, size, video)
-    known = reference_features(size, video)
+    pipe, call, _ = model_zoo.load(model)
+    size, frames = call["height"], call.get("num_frames", 1)
+    judge = CaptionClassifier(size, frames)
+    real = real_clips(captions, size, frames)
+    known = reference_features(size, frames)
     result: dict[str, Any] = {
         "model": model,
         "prompts": len(set(captions)),

@@ -104,8 +104,8 @@ def judged(pipes: dict[str, Any], part: str, seeds: int) -> dict[str, dict[str, 
     from demos.zoo import evaluate
 
     lines = model_zoo.prompts("emoji-unet", part).read_text().splitlines() * seeds  # type: ignore[arg-type]
-    judge = evaluate.CaptionClassifier(emoji_unet.SIZE, video=False)
-    real = evaluate.reference_features(emoji_unet.SIZE, video=False)
+    judge = evaluate.CaptionClassifier(emoji_unet.SIZE, frames=1)
+    real = evaluate.reference_features(emoji_unet.SIZE, frames=1)
     found = {}
     for label, (pipe, arguments) in pipes.items():
         clips = evaluate.generated_clips(pipe, arguments, lines)

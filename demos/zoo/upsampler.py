@@ -60,9 +60,8 @@ class Latents:
         if not self.frames:
             return data.render_images(sprites, names, colours, self.size, generator)
         motions = torch.tensor([data.MOTION_NAMES.index(table[row][2] or "") for row in rows])
-        return data.render_videos(
-            sprites, names, colours, motions, self.frames, self.size, generator
-        )
+        times = data.even_times(self.frames)
+        return data.render_videos(sprites, names, colours, motions, times, self.size, generator)
 
     def encode(self, pictures: Tensor) -> Tensor:
         """The denoiser's latents."""
