@@ -37,9 +37,10 @@ class Training:
 
     `variant`: "low_rank", offsets of all weights whose rank is `width` (see `accel.low_rank`), or
     the paper's "cross" and "offset", networks of that width beside attention layers.
-    `trajectories` guided runs of prompts from the list, `batch` at a time, each with a scale drawn
-    from `scales`. Their states and both branches' predictions are kept beside the state of the
-    training, so that a run that was stopped goes on. `minutes` are of training. On a GPU the frozen
+    `trajectories` guided runs of prompts from the list, `batch` at a time: half of them, and half
+    of an update's rows, at the scale that the model is called with, the others spread over
+    `scales`. Their states and both branches' predictions are kept beside the state of the training,
+    so that a run that was stopped goes on. `minutes` are of training. On a GPU the frozen
     model is in bfloat16 and its blocks are computed again in the backward pass; `device` "auto"
     takes one if there is one. `start`: a folder of trained adapters that are learnt on from, with a
     fresh optimiser; low-rank ones may be narrower than `width`. Guided runs follow the `seed`.
@@ -87,6 +88,12 @@ class Trainer:
                 "branch already"
             )
         self.generator = Generator().manual_seed(plan.seed)
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        true_scale = self.family.guidance == "sequential" and "true_cfg_scale" in accepted
+        self.scale_name = "true_cfg_scale" if true_scale else "guidance_scale"
+        known = accepted.get(self.scale_name)
+        own = float(self.call.get(self.scale_name) or (known.default if known else 1.0))
+        self.own_scale = min(max(own, plan.scales[0]), plan.scales[1])
 
     # --- guided runs of the frozen model -------------------------------------------------------
 
@@ -112,10 +119,11 @@ class Trainer:
 
     @torch.no_grad()
     def _states(self, index: int, calls: int) -> Pool:
-        """The states of one call of the pipeline; scales of successive calls lie far apart."""
+        """The states of one call of the pipeline, at its own scale or one far from the last."""
         low, high = self.plan.scales
         uniform = float(torch.rand((), generator=self.generator))
-        scale = low + (high - low) * ((0.618 * index + uniform / calls) % 1)
+        scale = low + (high - low) * ((0.618 * (index // 2) + uniform / calls) % 1)
+        scale = self.own_scale if index % 2 else scale
         picks = torch.randint(len(self.prompts), (self.plan.batch,), generator=self.generator)
         steps = int(torch.randint(*STEPS, (), generator=self.generator))
         recorder = Recorder(self.module, self.family)
@@ -135,12 +143,10 @@ class Trainer:
         return pool
 
     def _call(self, scale: float, steps: int) -> dict[str, Any]:
-        accepted = inspect.signature(self.pipe.__call__).parameters
-        true_scale = self.family.guidance == "sequential" and "true_cfg_scale" in accepted
         call = {**self.call, "num_inference_steps": steps, "output_type": "latent"}
-        call["true_cfg_scale" if true_scale else "guidance_scale"] = scale
+        call[self.scale_name] = scale
         negative = call.pop("negative_prompt", None)
-        if true_scale or negative is not None:
+        if self.scale_name == "true_cfg_scale" or negative is not None:
             call["negative_prompt"] = [negative or ""] * self.plan.batch
         return call
 
@@ -253,6 +259,7 @@ class Trainer:
         rows = torch.multinomial(chance, plan.batch, replacement=True, generator=self.generator)
         low, high = plan.scales
         scale = low + (high - low) * torch.rand(plan.batch, generator=self.generator)
+        scale[::2] = self.own_scale
         size = chance[rows].pow(3) * (1 + (scale - 1).square())
         errors = self.errors(adapters, pool, rows, scale) / size
         loss = errors.mean() / chance[rows].mean()

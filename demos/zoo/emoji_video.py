@@ -302,11 +302,11 @@ def train_denoiser(start: Path | None, minutes: float, device: str, batch_size: 
         model,
         loss,
         minutes=minutes,
-        lr=1.5e-3,
+        lr=1e-3,
         muon=("transformer.blocks", "text_encoder.encoder.block"),
         ema=0.9985,
         progress=progress,
-        progress_minutes=20,
+        progress_minutes=15,
     )
 
 
