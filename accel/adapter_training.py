@@ -190,7 +190,7 @@ class Trainer:
     def errors(
         self, adapters: Adapters | LowRank, pool: Pool, rows: Tensor, scale: Tensor
     ) -> Tensor:
-        """Weighted mean square errors of the guided predictions, (rows,)."""
+        """How far what the adapters add is from what guidance adds, weighted, (rows,)."""
         adapters.guidance = scale
         inputs = {name: value[rows] for name, value in pool.inputs.items()}
         given = {
@@ -199,7 +199,7 @@ class Trainer:
         found = self.module(**nested(given | {"return_dict": False}))[0].float().cpu()
         cond, uncond = pool.cond[rows].float(), pool.uncond[rows].float()
         wide = scale.reshape(-1, *[1] * (cond.dim() - 1))
-        errors = (found - uncond - wide * (cond - uncond)).square().flatten(1).mean(1)
+        errors = mismatch(found - cond, (wide - 1) * (cond - uncond))
         weighted: Tensor = errors * pool.weight[rows]
         return weighted
 
@@ -298,6 +298,19 @@ class Trainer:
             "state": state,
         }
         _save_whole(content, file)
+
+
+def mismatch(made: Tensor, wanted: Tensor) -> Tensor:
+    """How far rows of a are from b, both (n, …): ((|a| − |b|)² + 2|b|²(1 − cos(a, b))) / 3, (n,).
+
+    |·| is the root mean square. Least squares has |a||b| where this has |b|²: there what cannot be
+    predicted makes a short, which is weak guidance. Here a keeps b's length. |b|² for a = 0.
+    """
+    made, wanted = made.flatten(1), wanted.flatten(1)
+    square, full = made.square().mean(1), wanted.square().mean(1)
+    length = (square + 0.1 * full + 1e-12).sqrt()  # no pole at a = 0, where training begins
+    angle = full - full.sqrt() * (made * wanted).mean(1) / length
+    return (((square + 1e-12).sqrt() - full.sqrt()).square() + 2 * angle) / 3
 
 
 def _save_whole(content: Any, file: Path) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import accel
 from accel import adapter_training
-from accel.adapter_training import Trainer, Training, read_scales
+from accel.adapter_training import Trainer, Training, mismatch, read_scales
 from accel.cli import app
 
 
@@ -145,3 +145,32 @@ def test_the_command_is_there() -> None:
     assert result.exit_code == 0
     for option in ("--prompts", "--variant", "--minutes", "--scales"):
         assert option in result.stdout
+
+
+def test_what_cannot_be_predicted_does_not_shorten_what_is_learnt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    known, noise = torch.randn(2, 512, 64, generator=generator)
+    wanted = known + noise  # half of its energy follows from what is seen
+
+    def best_length(loss) -> float:
+        factors = torch.linspace(0.05, 2, 40)
+        losses = torch.stack([loss(factor * known, wanted).mean() for factor in factors])
+        return float(factors[losses.argmin()] * known.square().mean().sqrt())
+
+    length = float(wanted.square().mean().sqrt())
+    assert best_length(lambda a, b: (a - b).square().mean(1)) < 0.75 * length
+    assert best_length(mismatch) == pytest.approx(length, rel=0.1)
+
+
+def test_the_mismatch_is_nothing_for_the_same_and_one_for_no_adapters() -> None:
+    wanted = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(mismatch(torch.zeros_like(wanted), wanted), _mean(wanted))
+    assert (mismatch(wanted, wanted) < 0.05 * _mean(wanted)).all()
+    still = torch.zeros(4, 8, requires_grad=True)
+    mismatch(still, torch.zeros(4, 8)).sum().backward()
+    assert still.grad is not None
+    assert still.grad.isfinite().all()
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    return values.flatten(1).square().mean(1)
