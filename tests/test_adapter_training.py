@@ -172,5 +172,38 @@ def test_the_mismatch_is_nothing_for_the_same_and_one_for_no_adapters() -> None:
     assert still.grad.isfinite().all()
 
 
+def test_half_of_the_runs_and_rows_have_the_scale_of_the_call(folder, monkeypatch) -> None:
+    model, prompts = folder
+    trainer = Trainer(
+        model, [prompts.read_text().split()[0]], plan(trajectories=16), Path("unused")
+    )
+    trainer.own_scale = 3.25
+    asked: list[float] = []
+    call = Trainer._call
+
+    def seen(self: Trainer, scale: float, steps: int) -> Any:
+        asked.append(scale)
+        return call(self, scale, steps)
+
+    monkeypatch.setattr(Trainer, "_call", seen)
+    parts = [trainer._states(index, 8) for index in range(8)]
+    assert asked[1::2] == [3.25] * 4
+    others = asked[::2]
+    assert max(others) - min(others) > 2, "spread over 1 to 8"
+    assert 3.25 not in others
+    adapters = trainer.first_adapters(parts[0])
+    handle = adapters.attach(trainer.module, adapter_training.parameters(trainer.module))
+    optimiser = adapter_training._optimiser(adapters)
+    trainer._step(adapters, optimiser, parts[0], parts[0].change, {"step": 0.0, "seconds": 0.0})
+    handle.remove()
+    assert (adapters.guidance == 3.25).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("name", "scale"), [("sd15", 7.5), ("wan21", 5.0)])
+def test_without_call_settings_the_scale_is_the_pipelines_own(name, scale, tmp_path) -> None:
+    built(name)[0].pipe.save_pretrained(tmp_path)
+    assert Trainer(str(tmp_path), ["a cat"], plan(), tmp_path).own_scale == scale
+
+
 def _mean(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(1).square().mean(1)

@@ -6,7 +6,7 @@
 
 The denoiser sees clips of 9 to 17 frames: in some, pairs of latent frames pass at twice the speed,
 as one latent frame each. `--start FOLDER` begins it with the weights of an exported emoji-video
-that fit.
+that fit. The exported model is still the one of 9 frames that this script made at commit 2771a5e.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ LATENT = 32
 PAIRS = (FRAMES - 1) // 4
 CLIPS = {0: 9216, 1: 1792, 2: 1792, 3: 1792, 4: 1792}
 """Clips to train on, by the number of pairs of latent frames that pass at twice the speed."""
+LATENTS = train.CHECKPOINTS / "emoji-video-latents.pt"
 VAE_CONFIG = {
     "in_channels": 12,
     "out_channels": 12,
@@ -197,9 +198,6 @@ def load_vae() -> nn.Module:
         vae = autoencoder()
     vae.load_state_dict(saved)
     return vae.eval()
-
-
-LATENTS = train.CHECKPOINTS / "emoji-video-latents.pt"
 
 
 def frame_times(fast: Tensor) -> Tensor:

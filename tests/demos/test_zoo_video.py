@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from tiny_pipelines import built
 
 from demos.zoo import data, emoji_video
 from demos.zoo.routing import Routing
@@ -31,31 +31,15 @@ def test_latents_of_clips_that_the_vae_cannot_take_whole() -> None:
     assert torch.equal(part, whole[:, :, :4])
 
 
-def transformer() -> WanTransformer3DModel:
-    torch.manual_seed(0)
-    return WanTransformer3DModel(
-        patch_size=(1, 1, 1),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=32,
-        num_layers=4,
-        rope_max_seq_len=16,
-    ).eval()
-
-
 @pytest.mark.parametrize("changed", ["kept", "skipped"])
 def test_routed_blocks_see_half_of_the_tokens_and_leave_the_others_alone(changed) -> None:
-    model = transformer()
+    model = built("wan21")[0].pipe.transformer.eval()
     routing = Routing([*model.blocks[1:3]], torch.Generator().manual_seed(0))
     seen: list[torch.Size] = []
     for block in model.blocks:
         block.attn1.to_q.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
-    clip = torch.randn(2, 4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    call = {"timestep": torch.tensor([10, 500]), "encoder_hidden_states": torch.ones(2, 3, 8)}
+    clip = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    call = {"timestep": torch.tensor([10, 500]), "encoder_hidden_states": torch.ones(2, 3, 32)}
     plain = model(clip, **call).sample
     assert [shape[1] for shape in seen] == [48] * 4
     routing.active = True
