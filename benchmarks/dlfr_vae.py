@@ -36,7 +36,7 @@ from torch import Generator, Tensor
 from accel import model_zoo
 from accel.samplers.dlfr_vae import DLFRVAE, complexity
 from demos.zoo import data
-from demos.zoo.emoji_video import SIZE, decode
+from demos.zoo.emoji_video_vae import SIZE, decode
 from demos.zoo.train import optimizers
 
 FRAMES, SPAN, FINE = 33, 8, 4

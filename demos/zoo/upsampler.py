@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from accel import model_zoo
 from accel.latent_upsampler import LatentUpsampler, UpsamplerConfig, fingerprint
-from demos.zoo import data, emoji_video, train
+from demos.zoo import data, emoji_video_vae, train
 
 MODELS = {"emoji-image": 1024, "emoji-unet": 2048, "emoji-video": 1024}
 """Pairs that each model's upsampler learns from."""
@@ -72,7 +72,7 @@ class Latents:
         """Pixels, not clamped, so that gradients pass."""
         raw = latents * self.std + self.mean
         if self.frames:
-            return emoji_video.decode(self.vae, raw)
+            return emoji_video_vae.decode(self.vae, raw)
         decoded: Tensor = self.vae.decode(raw).sample
         return decoded
 

@@ -4,14 +4,14 @@ import pytest
 import torch
 from tiny_pipelines import built
 
-from demos.zoo import data, emoji_video
+from demos.zoo import data, emoji_video, emoji_video_vae
 from demos.zoo.routing import Routing
 
 
 def test_fast_pairs_show_the_same_motion_in_fewer_frames() -> None:
     still = torch.zeros(emoji_video.PAIRS, dtype=torch.bool)
     times = emoji_video.frame_times(still)
-    torch.testing.assert_close(times[None], data.even_times(emoji_video.FRAMES))
+    torch.testing.assert_close(times[None], data.even_times(emoji_video_vae.FRAMES))
     quick = still.clone()
     quick[1] = True
     fewer = emoji_video.frame_times(quick)
@@ -22,12 +22,12 @@ def test_fast_pairs_show_the_same_motion_in_fewer_frames() -> None:
 
 
 def test_latents_of_clips_that_the_vae_cannot_take_whole() -> None:
-    vae = emoji_video.autoencoder().eval()
+    vae = emoji_video_vae.autoencoder().eval()
     clips = torch.randn(2, 3, 9, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = emoji_video.encoded(vae, clips)
-        part = emoji_video.encoded(vae, clips[:, :, :7])
-    assert whole.shape == (2, emoji_video.LATENT, 5, 8, 8)
+        whole = emoji_video_vae.encoded(vae, clips)
+        part = emoji_video_vae.encoded(vae, clips[:, :, :7])
+    assert whole.shape == (2, emoji_video_vae.LATENT, 5, 8, 8)
     assert torch.equal(part, whole[:, :, :4])
 
 
