@@ -17,6 +17,10 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+PICTURES = {
+    f"zoo/{file.parent.name}/{file.name}": f"img/{file.parent.name}.png"
+    for file in ROOT.glob("zoo/*/contact_sheet.png")
+}
 LINK = re.compile(r"(\]\()([^)#:\s]+)([^)]*\))")
 
 
@@ -34,12 +38,14 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that lie outside docs/."""
+    """Add the pages and pictures that lie outside docs/."""
     from mkdocs.structure.files import File
 
     for name, page in OUTSIDE.items():
         content = _turned((ROOT / name).read_text(encoding="utf-8"), "")
         files.append(File.generated(config, page, content=content))
+    for name, picture in PICTURES.items():
+        files.append(File.generated(config, picture, abs_src_path=str(ROOT / name)))
     return files
 
 
@@ -59,8 +65,8 @@ def _turned(markdown: str, source: str) -> str:
         target = posixpath.normpath(posixpath.join(here, link[2]))
         if (ROOT / target).is_dir() and (ROOT / target / "README.md").is_file() and target != ".":
             target = posixpath.join(target, "README.md")
-        if target in OUTSIDE:
-            target = OUTSIDE[target]
+        if target in OUTSIDE or target in PICTURES:
+            target = {**OUTSIDE, **PICTURES}[target]
         elif target.startswith("docs/"):
             target = target.removeprefix("docs/")
         else:

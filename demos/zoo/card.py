@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
     return f"""
-**LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 minutes each): `ink` is a style,
-`sepia` a colour world, `trophy` an object that the base never saw, called "moon star". How strongly
-results show each, measured by `python -m demos.zoo.loras score`: for ink and sepia one minus the distance
-of a result from its own inked or sepia version, for trophy the share nearer to real trophies than to any
-other name.
+**LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 minutes each): `ink` and
+`mosaic` are styles, `sepia` a colour world, `trophy` an object that the base never saw, called "moon
+star". How strongly results show each, measured by `python -m demos.zoo.loras score`: for trophy the share
+nearer to real trophies than to any other name, for the others one minus the distance of a result from its
+own inked, sepia or mosaic version.
 
 {table}
 """
@@ -101,20 +102,26 @@ def _cell(scores: dict[str, float], column: str) -> str:
     return f"{scores[column]:.3f}" if column == "kid" else f"{scores[column]:.0%}"
 
 
+def minutes_of(curve: Sequence[tuple[float, float, float]]) -> float:
+    """Of a loss curve's (step, minutes, loss): a resumed run counts its minutes from zero again."""
+    minutes = previous = 0.0
+    for _, spent, _ in curve:
+        minutes += previous if spent < previous else 0.0
+        previous = spent
+    return minutes + previous
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=list(ABOUT))
     parser.add_argument("evaluation", type=Path)
     options = parser.parse_args()
     folder = Path("zoo") / options.name
-    with (folder / "loss.csv").open() as curve:
-        rows = list(csv.reader(curve))[1:]
-    minutes, previous = 0.0, 0.0
-    for _, spent, _ in rows:  # a resumed run counts its minutes from zero again
-        minutes += previous if float(spent) < previous else 0.0
-        previous = float(spent)
+    with (folder / "loss.csv").open() as file:
+        curve = [tuple(map(float, row)) for row in list(csv.reader(file))[1:]]
+    minutes, steps = minutes_of(curve), int(curve[-1][0])
     result = json.loads(options.evaluation.read_text())
-    text = card(options.name, result, minutes + previous, int(rows[-1][0]), options.evaluation)
+    text = card(options.name, result, minutes, steps, options.evaluation)
     if (folder / "loras.json").exists():
         text += loras(json.loads((folder / "loras.json").read_text()), folder / "loras")
     (folder / "README.md").write_text(text)

@@ -85,7 +85,11 @@ def scheduler() -> DDIMScheduler:
 
 
 def denoising_loss(
-    model: Model, clean: Tensor, ids: Tensor, generator: Generator, device: str
+    model: Model | StableDiffusionPipeline,
+    clean: Tensor,
+    ids: Tensor,
+    generator: Generator,
+    device: str,
 ) -> Tensor:
     """ε-prediction at a uniform timestep; clean (n, 8, 16, 16), ids (n, length).
 

@@ -1,10 +1,10 @@
-"""Train three LoRAs of `emoji-unet` and score that each acts.
+"""Train four LoRAs of `emoji-unet` and score that each acts.
 
     python -m demos.zoo.loras train --minutes 3
     python -m demos.zoo.loras score --json zoo/emoji-unet/loras.json
 
-`ink` is a style (black and white with hard edges), `sepia` a colour world, `trophy` an object that
-the base model never saw, called "moon star".
+`ink` and `mosaic` are styles (black and white with hard edges; squares of one colour), `sepia` a
+colour world, `trophy` an object that the base model never saw, called "moon star".
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Generator, Tensor
+from torch.nn import functional
 
-from accel import metrics
-from demos.zoo import data, emoji_unet, images, text, train
+from accel import metrics, model_zoo
+from demos.zoo import data, emoji_unet, train
 
 RANK = 8
 FOLDER = Path("zoo/emoji-unet/loras")
@@ -43,9 +44,15 @@ def sepia(image: Tensor) -> Tensor:
     return ((gray + 1) * tones).clamp(0, 2) - 1
 
 
+def mosaic(image: Tensor) -> Tensor:
+    """Squares of 4×4 pixels, each of one colour."""
+    return functional.interpolate(functional.avg_pool2d(image, 4), scale_factor=4.0)
+
+
 CONCEPTS: dict[str, Callable[[Tensor], Tensor]] = {
     "ink": ink,
     "sepia": sepia,
+    "mosaic": mosaic,
     "trophy": lambda image: image,
 }
 
@@ -70,29 +77,28 @@ def examples(concept: str, generator: Generator) -> tuple[Tensor, list[str]]:
 
 def train_lora(concept: str, minutes: float, device: str) -> None:
     """Fit low-rank updates of the U-Net's attention to a concept, the rest frozen."""
-    model = emoji_unet.Model()
-    model.load_state_dict(emoji_unet.trained())
-    model.requires_grad_(False)
+    model, _, _ = model_zoo.load("emoji-unet")
+    for part in (model.unet, model.vae, model.text_encoder):
+        part.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
     model.unet.add_adapter(
         LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=targets)
     )
     model.to(device)
-    known = images.latents(emoji_unet.SIZE, "cpu")
-    vae = images.load_vae().to(device)
     pictures, captions = examples(concept, Generator().manual_seed(7))
     with torch.no_grad():
-        posteriors = [vae.encode(part.to(device)).latent_dist for part in pictures.split(64)]
-    clean = torch.cat([each.mode().cpu() for each in posteriors]) / known["std"]
-    tokenizer = text.clip_tokenizer(emoji_unet.TEXT_LENGTH)
-    ids = torch.tensor([tokenizer(each, padding="max_length").input_ids for each in captions])
+        posteriors = [model.vae.encode(part.to(device)).latent_dist for part in pictures.split(64)]
+    clean = torch.cat([each.mode().cpu() for each in posteriors]) * model.vae.config.scaling_factor
+    ids = model.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
 
     def loss(generator: Generator) -> Tensor:
         rows = torch.randint(len(clean), (32,), generator=generator)
         return emoji_unet.denoising_loss(model, clean[rows], ids[rows], generator, device)
 
-    averaged = train.fit(f"emoji-unet-{concept}", model, loss, minutes=minutes, lr=2e-3, ema=0.98)
-    model.load_state_dict(averaged)
+    averaged = train.fit(
+        f"emoji-unet-{concept}", model.unet, loss, minutes=minutes, lr=2e-3, ema=0.98
+    )
+    model.unet.load_state_dict(averaged)
     StableDiffusionPipeline.save_lora_weights(
         FOLDER,
         unet_lora_layers=get_peft_model_state_dict(model.unet.half()),
@@ -103,7 +109,7 @@ def train_lora(concept: str, minutes: float, device: str) -> None:
 def score(count: int, steps: int) -> dict[str, Any]:
     """For each LoRA: how strongly pictures show its concept, without it, with it, and combined.
 
-    ink and sepia: one minus the mean distance of a picture from its own inked or sepia version.
+    ink, sepia and mosaic: one minus the mean distance of a picture from its own version of it.
     trophy: share of pictures nearer to real trophies than to any of the base's names, by lite0
     features.
     """
@@ -111,7 +117,7 @@ def score(count: int, steps: int) -> dict[str, Any]:
     held = [data.caption(*entry) for entry in data.combinations(video=False, held=True)][:count]
     centres = centres_of_names()
     result: dict[str, Any] = {}
-    for adapters in ([], ["ink"], ["sepia"], ["trophy"], ["trophy", "sepia"]):
+    for adapters in ([], *([each] for each in CONCEPTS), ["trophy", "sepia"], ["ink", "mosaic"]):
         if adapters:
             pipe.enable_lora()
             pipe.set_adapters(adapters)
@@ -142,6 +148,7 @@ def concepts(
     return {
         "ink": 1 - float((made - (ink(made * 2 - 1) + 1) / 2).abs().mean()),
         "sepia": 1 - float((made - (sepia(made * 2 - 1) + 1) / 2).abs().mean()),
+        "mosaic": 1 - float((made - mosaic(made)).abs().mean()),
         "trophy": float((nearest == len(centres) - 1).float().mean()),
     }
 
@@ -167,6 +174,7 @@ def centres_of_names() -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["train", "score"])
+    parser.add_argument("--concepts", nargs="+", choices=list(CONCEPTS), default=list(CONCEPTS))
     parser.add_argument("--minutes", type=float, default=3)
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
@@ -174,7 +182,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.part == "train":
-        for concept in CONCEPTS:
+        for concept in options.concepts:
             train_lora(concept, options.minutes, options.device)
         return
     result = score(options.num_prompts, options.steps)
