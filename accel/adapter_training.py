@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ class Training:
     so that a run that was stopped goes on. `minutes` are of training. On a GPU the frozen
     model is in bfloat16 and its blocks are computed again in the backward pass; `device` "auto"
     takes one if there is one. `start`: a folder of trained adapters that are learnt on from, with a
-    fresh optimiser; low-rank ones may be narrower than `width`. Guided runs follow the `seed`.
+    fresh optimiser; low-rank ones may be narrower than `width`. Half of the runs then go where they
+    lead, so that what their own errors bring about is seen too (Ross et al. 2011). Guided runs
+    follow the `seed`.
     """
 
     variant: str = "low_rank"
@@ -103,8 +106,10 @@ class Trainer:
         if file.exists():
             return Pool(**torch.load(file, weights_only=True))
         calls, parts = self.plan.trajectories // self.plan.batch, []
+        start = self.plan.start
+        known = None if start is None else adapter_files.load(Path(start)).to(self.device)
         for index in range(calls):
-            parts.append(self._states(index, calls))
+            parts.append(self._states(index, calls, known if index % 4 < 2 else None))
             say(f"guided runs {(index + 1) * self.plan.batch} of {calls * self.plan.batch}")
         pool = Pool(
             {name: torch.cat([part.inputs[name] for part in parts]) for name in parts[0].inputs},
@@ -118,15 +123,19 @@ class Trainer:
         return pool
 
     @torch.no_grad()
-    def _states(self, index: int, calls: int) -> Pool:
-        """The states of one call of the pipeline, at its own scale or one far from the last."""
+    def _states(self, index: int, calls: int, leader: Adapters | LowRank | None) -> Pool:
+        """The states of one call of the pipeline, at its own scale or one far from the last.
+
+        With a leader the run goes where those adapters lead.
+        """
         low, high = self.plan.scales
         uniform = float(torch.rand((), generator=self.generator))
         scale = low + (high - low) * ((0.618 * (index // 2) + uniform / calls) % 1)
         scale = self.own_scale if index % 2 else scale
         picks = torch.randint(len(self.prompts), (self.plan.batch,), generator=self.generator)
         steps = int(torch.randint(*STEPS, (), generator=self.generator))
-        recorder = Recorder(self.module, self.family)
+        lead = None if leader is None else partial(self._led, leader, scale)
+        recorder = Recorder(self.module, self.family, lead)
         hook = self.module.register_forward_hook(recorder, with_kwargs=True)
         try:
             self.pipe(
@@ -141,6 +150,16 @@ class Trainer:
         pool = gathered(recorder.states, self.plan.batch)
         pool.weight = velocity_weight(self.pipe.scheduler, pool.inputs["timestep"])
         return pool
+
+    def _led(self, leader: Adapters | LowRank, scale: float, inputs: dict[str, Any]) -> Tensor:
+        """What trained adapters make of the conditional branch."""
+        leader.guidance = scale
+        handle = leader.attach(self.module, parameters(self.module))
+        try:
+            predicted: Tensor = self.module(**nested(inputs | {"return_dict": False}))[0]
+        finally:
+            handle.remove()
+        return predicted
 
     def _call(self, scale: float, steps: int) -> dict[str, Any]:
         call = {**self.call, "num_inference_steps": steps, "output_type": "latent"}

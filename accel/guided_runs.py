@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,15 +37,27 @@ class Pool:
 
 
 class Recorder:
-    """A forward hook that gathers one guided run."""
+    """A forward hook that gathers one guided run.
 
-    def __init__(self, module: Any, family: Family) -> None:
-        self.names, self.family = parameters(module), family
+    With `lead`, which predicts from the conditional branch's arguments by name, the run goes where
+    that leads: both branches get its prediction, so guidance between them changes nothing.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        family: Family,
+        lead: Callable[[dict[str, Any]], Tensor] | None = None,
+    ) -> None:
+        self.names, self.family, self.lead = parameters(module), family, lead
         self.states: list[tuple[dict[str, Any], Tensor, Tensor]] = []
-        self.waiting: tuple[dict[str, Any], Tensor] | None = None
+        self.waiting: tuple[dict[str, Any], Tensor, Tensor | None] | None = None
+        self.leading = False
 
-    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The denoiser was called: one branch, or both in one batch."""
+        if self.leading:
+            return None
         inputs = flat(dict(zip(self.names, args, strict=False)) | kwargs)
         prediction = output[0]
         if self.family.guidance == "batched":
@@ -53,11 +66,32 @@ class Recorder:
             chosen = slice(cond * batch, (cond + 1) * batch)
             rows = {name: cut(name, value, 2 * batch, chosen) for name, value in inputs.items()}
             self.states.append((rows, halves[cond], halves[1 - cond]))
-        elif self.waiting is None:
-            self.waiting = (inputs, prediction)
+            led = self._led(rows)
+            return None if led is None else _instead(output, torch.cat((led, led)))
+        if self.waiting is None:
+            led = self._led(inputs)
+            self.waiting = (inputs, prediction, led)
         else:
-            self.states.append((*self.waiting, prediction))
+            known, cond_prediction, led = self.waiting
+            self.states.append((known, cond_prediction, prediction))
             self.waiting = None
+        return None if led is None else _instead(output, led)
+
+    def _led(self, inputs: dict[str, Any]) -> Tensor | None:
+        if self.lead is None:
+            return None
+        self.leading = True
+        try:
+            return self.lead(inputs)
+        finally:
+            self.leading = False
+
+
+def _instead(output: Any, prediction: Tensor) -> Any:
+    """A denoiser's output with another prediction."""
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return type(output)(prediction)
 
 
 def flat(inputs: dict[str, Any]) -> dict[str, Any]:

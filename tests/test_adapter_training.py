@@ -80,6 +80,25 @@ def test_trained_adapters_are_learnt_on_from(folder, tmp_path) -> None:
             )
 
 
+def test_trained_adapters_lead_half_of_the_guided_runs(folder, tmp_path, monkeypatch) -> None:
+    model, prompts = folder
+    adapter_training.train(model, prompts, tmp_path / "first", plan(), lambda _: None)
+    led: list[float] = []
+    lead = Trainer._led
+
+    def counted(self: Trainer, leader: Any, scale: float, inputs: dict[str, Any]) -> Any:
+        led.append(scale)
+        return lead(self, leader, scale, inputs)
+
+    monkeypatch.setattr(Trainer, "_led", counted)
+    again = plan(start=str(tmp_path / "first"), minutes=1e-4, trajectories=8)
+    trainer = Trainer(model, ["a cat"], again, tmp_path / "work")
+    pool = trainer.pool(lambda _: None)
+    assert 0.2 < 2 * len(led) / len(pool.cond) < 0.8
+    assert len(set(led)) == 2 and trainer.own_scale in led, "at the call's scale and at another"
+    assert not any(module._forward_hooks for module in trainer.module.modules())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_errors_fall_on_a_gpu(folder, tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_pipelines import built, run
@@ -27,6 +29,31 @@ def test_both_branches_are_recorded(name) -> None:
         again = module(**nested({**inputs, "return_dict": False}))[0]
     assert torch.allclose(again, cond, atol=1e-5)
     assert set(nested(inputs)) <= set(parameters(module))
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux_cfg", "wan21"])
+def test_a_led_run_goes_where_it_is_led(name) -> None:
+    """Led by the conditional branch, at any scale, it is the run without guidance."""
+    tiny, _ = built(name)
+    module = getattr(tiny.pipe, "unet", None) or tiny.pipe.transformer
+    scale = "true_cfg_scale" if name == "flux_cfg" else "guidance_scale"
+    asked: list[dict[str, Any]] = []
+
+    def lead(inputs: dict[str, Any]) -> torch.Tensor:
+        asked.append(inputs)
+        return module(**nested({**inputs, "return_dict": False}))[0]
+
+    recorder = Recorder(module, registry.family(module), lead)
+    hook = module.register_forward_hook(recorder, with_kwargs=True)
+    led = run(tiny, num_inference_steps=3, **{scale: 6.0})
+    hook.remove()
+    plain = run(tiny, num_inference_steps=3, **{scale: 1.0})
+    guided = run(tiny, num_inference_steps=3, **{scale: 6.0})
+    assert len(recorder.states) == len(asked) == 3
+    assert torch.allclose(led, plain, atol=1e-4)
+    assert not torch.allclose(led, guided, atol=1e-3)
+    _, cond, uncond = recorder.states[-1]
+    assert not torch.equal(cond, uncond), "what is recorded is still both branches"
 
 
 def test_what_guidance_changes_is_weighted_as_a_velocity() -> None:
