@@ -205,7 +205,7 @@ def test_half_of_the_runs_and_rows_have_the_scale_of_the_call(folder, monkeypatc
         return call(self, scale, steps)
 
     monkeypatch.setattr(Trainer, "_call", seen)
-    parts = [trainer._states(index, 8) for index in range(8)]
+    parts = [trainer._states(index, 8, None) for index in range(8)]
     assert asked[1::2] == [3.25] * 4
     others = asked[::2]
     assert max(others) - min(others) > 2, "spread over 1 to 8"

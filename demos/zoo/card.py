@@ -84,7 +84,7 @@ def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
     concepts = list(next(iter(result.values())))
     head = ["active", *concepts]
     rows = [
-        [name, *(f"{scores[each]:.2f}" for each in concepts)] for name, scores in result.items()
+        [name, *(f"{scores[each]:.3f}" for each in concepts)] for name, scores in result.items()
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
     return f"""

@@ -181,7 +181,9 @@ def train_denoiser(start: Path | None, minutes: float, device: str, batch_size: 
         routing.active = False
         file = train.CHECKPOINTS / f"emoji-video-{step:06d}.png"
         pipe = pipeline(trained.state_dict(), load_vae())
-        contact_sheet(pipe, text.sheet_prompts(video=True), CALL, file)
+        contact_sheet(
+            pipe, text.sheet_prompts(video=True), CALL | {"num_inference_steps": 20}, file
+        )
 
     train.fit(
         "emoji-video",
@@ -192,7 +194,7 @@ def train_denoiser(start: Path | None, minutes: float, device: str, batch_size: 
         muon=("transformer.blocks", "text_encoder.encoder.block"),
         ema=0.9985,
         progress=progress,
-        progress_minutes=15,
+        progress_minutes=30,
     )
 
 

@@ -151,7 +151,7 @@ def loras() -> str:
     """How strongly each LoRA shows."""
     found = json.loads(Path("zoo/emoji-unet/loras.json").read_text())
     concepts = list(next(iter(found.values())))
-    rows = [[name, *(f"{row[each]:.2f}" for each in concepts)] for name, row in found.items()]
+    rows = [[name, *(f"{row[each]:.3f}" for each in concepts)] for name, row in found.items()]
     return table(["active", *concepts], rows)
 
 
