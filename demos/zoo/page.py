@@ -63,7 +63,7 @@ def models() -> str:
         steps, minutes = curve(name)[-1][0], card.minutes_of(curve(name))
         rows.append(
             [
-                f"[{name}](../zoo/{name}/README.md)",
+                f"`zoo/{name}`",
                 f"{denoiser / 1e6:.2f} M",
                 f"{sum(weights.values()) / 1e6:.2f} M",
                 f"{steps} steps, {minutes:.0f} minutes",
