@@ -46,7 +46,8 @@ class Training:
     takes one if there is one. `start`: a folder of trained adapters that are learnt on from, with a
     fresh optimiser; low-rank ones may be narrower than `width`. Half of the runs then go where they
     lead, so that what their own errors bring about is seen too (Ross et al. 2011). Guided runs
-    follow the `seed`.
+    follow the `seed`. `keep_length`: compare what is added with what guidance adds by length and
+    angle (see `mismatch`), else by least squares.
     """
 
     variant: str = "low_rank"
@@ -59,6 +60,7 @@ class Training:
     seed: int = 0
     device: str = "auto"
     start: str | None = None
+    keep_length: bool = True
 
     def __post_init__(self) -> None:
         check(self.variant in VARIANTS, self, "variant", " or ".join(VARIANTS))
@@ -218,7 +220,11 @@ class Trainer:
         found = self.module(**nested(given | {"return_dict": False}))[0].float().cpu()
         cond, uncond = pool.cond[rows].float(), pool.uncond[rows].float()
         wide = scale.reshape(-1, *[1] * (cond.dim() - 1))
-        errors = mismatch(found - cond, (wide - 1) * (cond - uncond))
+        added, wanted = found - cond, (wide - 1) * (cond - uncond)
+        if self.plan.keep_length:
+            errors = mismatch(added, wanted)
+        else:
+            errors = (added - wanted).square().flatten(1).mean(1)
         weighted: Tensor = errors * pool.weight[rows]
         return weighted
 

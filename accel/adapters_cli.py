@@ -33,6 +33,9 @@ def train(
     threads: Annotated[int | None, typer.Option(min=1, help="of the CPU")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     start: Annotated[str | None, typer.Option(help="adapters to learn on from; a folder")] = None,
+    keep_length: Annotated[
+        bool, typer.Option(help="compare with guidance by length and angle; no: least squares")
+    ] = True,
     work: Annotated[
         Path | None, typer.Option(help="where guided runs and state are kept; OUTPUT/work")
     ] = None,
@@ -55,6 +58,7 @@ def train(
         seed=seed,
         device=device,
         start=start,
+        keep_length=keep_length,
     )
     result = adapter_training.train(model, prompts, output, plan, _say, work)
     print(json.dumps(result))

@@ -181,6 +181,26 @@ def test_what_cannot_be_predicted_does_not_shorten_what_is_learnt() -> None:
     assert best_length(mismatch) == pytest.approx(length, rel=0.1)
 
 
+def test_errors_are_by_length_and_angle_or_by_least_squares(folder, tmp_path) -> None:
+    model, _ = folder
+    kept = Trainer(model, ["a cat"], plan(), tmp_path / "work")
+    least = Trainer(model, ["a cat"], plan(keep_length=False), tmp_path / "work")
+    pool = kept.pool(lambda _: None)
+    adapters = kept.first_adapters(pool)
+    handle = adapters.attach(kept.module)
+    scale, rows = torch.tensor([3.0, 5.0]), torch.tensor([0, 1])
+    with torch.no_grad():
+        for each in adapters.parameters():
+            each.add_(0.1)  # they add something
+        by_length = kept.errors(adapters, pool, rows, scale)
+        adapters.guidance = scale
+        handle.remove()
+        handle = adapters.attach(least.module)
+        by_squares = least.errors(adapters, pool, rows, scale)
+    handle.remove()
+    assert (by_squares - by_length).abs().min() > 0.01 * by_squares.min()
+
+
 def test_the_mismatch_is_nothing_for_the_same_and_one_for_no_adapters() -> None:
     wanted = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(mismatch(torch.zeros_like(wanted), wanted), _mean(wanted))

@@ -88,7 +88,7 @@ def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
     ]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
     return f"""
-**LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 minutes each): `ink` and
+**LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 to 11 minutes each): `ink` and
 `mosaic` are styles, `sepia` a colour world, `trophy` an object that the base never saw, called "moon
 star". How strongly results show each, measured by `python -m demos.zoo.loras score`: for trophy the share
 nearer to real trophies than to any other name, for the others one minus the distance of a result from its
