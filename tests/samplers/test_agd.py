@@ -92,7 +92,7 @@ def test_the_scale_acts_through_the_adapters(name, variant, tmp_path) -> None:
     plain = run(tiny, **{scale_name(name): 1.0})
     with accel.patched(tiny.pipe, accel.AGD(folder)):
         far = [(run(tiny, **{scale_name(name): s}) - plain).norm() for s in (1.001, 2.0, 6.0)]
-    assert far[0] < far[1] < far[2] < far[3]
+    assert far[0] < far[1] < far[2]
     assert torch.equal(run(tiny), baseline)
 
 
