@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,11 @@ def card(name: str, result: dict[str, Any], minutes: float, steps: int, file: Pa
     pipeline, about, module = ABOUT[name]
     motion = ["motion"] if "motion" in result["real"] else []
     columns = ["colour", *motion, "caption_top1", "kid"]
-    head, best = ["", *columns], result["runs"][0]
+    best = result["runs"][0]
     rows = [["real renders", *(_cell(result["real"], column) for column in columns)]]
     for run in result["runs"]:
         label = f"{run['steps']} steps, guidance {run['guidance']:g}"
         rows.append([label, *(_cell(run, column) for column in columns)])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
     return f"""---
 license: apache-2.0
 library_name: diffusers
@@ -71,7 +69,7 @@ judged by formula, the caption among 64 names by a linear classifier on efficien
 ({result["classifier_accuracy_on_real"]:.0%} right on real pictures), KID on those features against
 real ones of other captions.
 
-{table}
+{table(["", *columns], rows)}
 
 **Weaknesses.** Knows nothing but these captions. Of the results with {best["steps"]} steps,
 {1 - best["caption_top1"]:.0%} were not recognised as the object asked for (chance: 98 %), and
@@ -79,14 +77,22 @@ real ones of other captions.
 """
 
 
-def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
-    """The section on a model's LoRAs, from `demos.zoo.loras score`."""
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def lora_table(result: dict[str, dict[str, float]]) -> str:
+    """How strongly each concept shows, by what is active."""
     concepts = list(next(iter(result.values())))
-    head = ["active", *concepts]
     rows = [
         [name, *(f"{scores[each]:.3f}" for each in concepts)] for name, scores in result.items()
     ]
-    table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+    return table(["active", *concepts], rows)
+
+
+def loras(result: dict[str, dict[str, float]], folder: Path) -> str:
+    """The section on a model's LoRAs, from `demos.zoo.loras score`."""
     return f"""
 **LoRAs** (rank 8, in `{folder}`; `python -m demos.zoo.loras train`, 4 to 11 minutes each): `ink` and
 `mosaic` are styles, `sepia` a colour world, `trophy` an object that the base never saw, called "moon
@@ -94,7 +100,7 @@ star". How strongly results show each, measured by `python -m demos.zoo.loras sc
 nearer to real trophies than to any other name, for the others one minus the distance of a result from its
 own inked, sepia or mosaic version.
 
-{table}
+{lora_table(result)}
 """
 
 
@@ -102,7 +108,13 @@ def _cell(scores: dict[str, float], column: str) -> str:
     return f"{scores[column]:.3f}" if column == "kid" else f"{scores[column]:.0%}"
 
 
-def minutes_of(curve: Sequence[tuple[float, float, float]]) -> float:
+def curve_of(folder: Path) -> list[list[float]]:
+    """Step, minutes of the run it was part of, and loss, by line of a model's loss.csv."""
+    with (folder / "loss.csv").open() as file:
+        return [[float(each) for each in row] for row in list(csv.reader(file))[1:]]
+
+
+def minutes_of(curve: list[list[float]]) -> float:
     """Of a loss curve's (step, minutes, loss): a resumed run counts its minutes from zero again."""
     minutes = previous = 0.0
     for _, spent, _ in curve:
@@ -117,8 +129,7 @@ def main() -> None:
     parser.add_argument("evaluation", type=Path)
     options = parser.parse_args()
     folder = Path("zoo") / options.name
-    with (folder / "loss.csv").open() as file:
-        curve = [tuple(map(float, row)) for row in list(csv.reader(file))[1:]]
+    curve = curve_of(folder)
     minutes, steps = minutes_of(curve), int(curve[-1][0])
     result = json.loads(options.evaluation.read_text())
     text = card(options.name, result, minutes, steps, options.evaluation)

@@ -6,8 +6,8 @@ Reads the models under zoo/, their `benchmarks/results/emoji-*-quality.json` (`d
 
 from __future__ import annotations
 
-import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,6 @@ PAGE = Path("docs/zoo.md")
 PICTURES = Path("docs/img")
 
 
-def curve(name: str) -> list[tuple[int, float, float]]:
-    """Step, minutes of the run it was part of, and loss."""
-    with (Path("zoo") / name / "loss.csv").open() as file:
-        return [
-            (int(step), float(spent), float(loss))
-            for step, spent, loss in csv.reader(file)
-            if step != "step"
-        ]
-
-
 def parameters(name: str) -> dict[str, int]:
     """Weights of each part of a model."""
     found = {}
@@ -38,20 +28,8 @@ def parameters(name: str) -> dict[str, int]:
         if (file.parent / "config.json").exists():
             with safe_open(file, framework="pt") as content:
                 sizes = [content.get_slice(key).get_shape() for key in content.keys()]  # noqa: SIM118
-            found[file.parent.name] = sum(_product(size) for size in sizes)
+            found[file.parent.name] = sum(math.prod(size) for size in sizes)
     return found
-
-
-def _product(size: list[int]) -> int:
-    count = 1
-    for each in size:
-        count *= each
-    return count
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def models() -> str:
@@ -60,17 +38,17 @@ def models() -> str:
     for name in model_zoo.names():
         weights = parameters(name)
         denoiser = weights.get("transformer", weights.get("unet", 0))
-        steps, minutes = curve(name)[-1][0], card.minutes_of(curve(name))
+        curve = card.curve_of(Path("zoo") / name)
         rows.append(
             [
                 f"`zoo/{name}`",
                 f"{denoiser / 1e6:.2f} M",
                 f"{sum(weights.values()) / 1e6:.2f} M",
-                f"{steps} steps, {minutes:.0f} minutes",
+                f"{curve[-1][0]:.0f} steps, {card.minutes_of(curve):.0f} minutes",
             ]
         )
     head = ["model", "denoiser", "all parts", "denoiser and text encoder trained"]
-    return table(head, rows)
+    return card.table(head, rows)
 
 
 def scores() -> str:
@@ -95,7 +73,7 @@ def scores() -> str:
                     *cells,
                 ]
             )
-    return table(["", "", "colour", "motion", "caption", "KID"], rows)
+    return card.table(["", "", "colour", "motion", "caption", "KID"], rows)
 
 
 def inside(dynamics: dict[str, Any]) -> str:
@@ -124,7 +102,7 @@ def inside(dynamics: dict[str, Any]) -> str:
         "U-shaped change (first tenth, least, last tenth)",
         "cosine of the branches rises (first to last tenth)",
     ]
-    return table(head, rows)
+    return card.table(head, rows)
 
 
 def besides(dynamics: dict[str, Any]) -> str:
@@ -144,15 +122,12 @@ def besides(dynamics: dict[str, Any]) -> str:
         "features apart, by seed",
         "real renders of one caption apart",
     ]
-    return table(head, rows)
+    return card.table(head, rows)
 
 
 def loras() -> str:
     """How strongly each LoRA shows."""
-    found = json.loads(Path("zoo/emoji-unet/loras.json").read_text())
-    concepts = list(next(iter(found.values())))
-    rows = [[name, *(f"{row[each]:.3f}" for each in concepts)] for name, row in found.items()]
-    return table(["active", *concepts], rows)
+    return card.lora_table(json.loads(Path("zoo/emoji-unet/loras.json").read_text()))
 
 
 def about() -> str:
@@ -196,7 +171,8 @@ def plot(output: Path) -> None:
     names = model_zoo.names()
     figure, axes = pyplot.subplots(1, len(names), figsize=(11, 2.6), layout="constrained")
     for axis, name in zip(axes, names, strict=True):
-        axis.loglog([step for step, _, _ in curve(name)], [loss for _, _, loss in curve(name)])
+        steps, _, losses = zip(*card.curve_of(Path("zoo") / name), strict=True)
+        axis.loglog(steps, losses)
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("step")
     figure.savefig(output, dpi=110)
