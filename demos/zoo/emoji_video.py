@@ -6,13 +6,15 @@
 
 The denoiser sees clips of 9 to 17 frames: in some, pairs of latent frames pass at twice the speed,
 as one latent frame each. `--start FOLDER` begins it with the weights of an exported emoji-video
-that fit. The exported model is still the one of 9 frames that this script made at commit 2771a5e.
+that fit; `--bf16` is 1.7 times as fast on a CPU with AMX. The exported model is still the one of
+9 frames that this script made at commit 2771a5e.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from transformers import UMT5Config, UMT5EncoderModel
 
-from demos.zoo import data, text, train
+from demos.zoo import amx, data, text, train
 from demos.zoo.emoji_video_vae import (
     FRAMES,
     LATENT,
@@ -139,10 +141,13 @@ def latents(device: str) -> dict[str, Any]:
     return found
 
 
-def train_denoiser(start: Path | None, minutes: float, device: str, batch_size: int) -> None:
+def train_denoiser(
+    start: Path | None, minutes: float, device: str, batch_size: int, bf16: bool
+) -> None:
     """Flow matching: predict noise − clip at a shifted logit-normal noise level.
 
-    Half of the tokens skip ten blocks until four fifths of the time have passed.
+    Half of the tokens skip ten blocks until four fifths of the time have passed. `bf16`: see
+    `amx.quick`.
     """
     model = Model()
     if start is not None:
@@ -169,7 +174,7 @@ def train_denoiser(start: Path | None, minutes: float, device: str, batch_size: 
         sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
         level = sigma[:, None, None, None, None]
         noisy = (1 - level) * clean + level * noise
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             predicted = model.transformer(
                 noisy, sigma * 1000, model.encode(ids), return_dict=False
             )[0]
@@ -185,17 +190,18 @@ def train_denoiser(start: Path | None, minutes: float, device: str, batch_size: 
             pipe, text.sheet_prompts(video=True), CALL | {"num_inference_steps": 20}, file
         )
 
-    train.fit(
-        "emoji-video",
-        model,
-        loss,
-        minutes=minutes,
-        lr=1e-3,
-        muon=("transformer.blocks", "text_encoder.encoder.block"),
-        ema=0.9985,
-        progress=progress,
-        progress_minutes=30,
-    )
+    with amx.quick(model.transformer.blocks) if bf16 else nullcontext():
+        train.fit(
+            "emoji-video",
+            model,
+            loss,
+            minutes=minutes,
+            lr=1e-3,
+            muon=("transformer.blocks", "text_encoder.encoder.block"),
+            ema=0.9985,
+            progress=progress,
+            progress_minutes=30,
+        )
 
 
 CALL = {
@@ -228,12 +234,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--start", type=Path, help="an exported emoji-video")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", default=torch.cuda.is_available())
     parser.add_argument("--output", type=Path, default=Path("zoo/emoji-video"))
     options = parser.parse_args()
     if options.part == "vae":
         train_vae(options.minutes, options.device)
     elif options.part == "denoiser":
-        train_denoiser(options.start, options.minutes, options.device, options.batch_size)
+        train_denoiser(
+            options.start, options.minutes, options.device, options.batch_size, options.bf16
+        )
     else:
         from demos.zoo.export import export
 
