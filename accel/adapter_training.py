@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from accel import adapter_files, registry
+from accel import adapter_files
 from accel.adapter_files import VARIANTS
 from accel.adapter_hosts import attention_hosts, weight_hosts
 from accel.adapters import AdapterConfig, Adapters
 from accel.chain import parameters
 from accel.family import ENCODER
-from accel.guided_runs import Pool, Recorder, gathered, nested, placed, velocity_weight
-from accel.loading import Loading, load
+from accel.guided_model import GuidedModel
+from accel.guided_runs import Pool
 from accel.low_rank import LowRank, LowRankConfig
 from accel.method import AccelError, check, is_count, is_number
 
@@ -78,29 +76,11 @@ class Trainer:
 
     def __init__(self, model: str, prompts: list[str], plan: Training, work: Path) -> None:
         self.plan, self.prompts, self.work = plan, prompts, work
-        gpu = torch.cuda.is_available() if plan.device == "auto" else plan.device != "cpu"
-        loading = Loading(device=plan.device, dtype="bf16" if gpu else "fp32")
-        self.pipe, self.call, _ = load(model, loading)
-        name = "transformer" if getattr(self.pipe, "transformer", None) is not None else "unet"
-        self.module = getattr(self.pipe, name).requires_grad_(False).eval()
-        self.device = next(self.module.parameters()).device
-        if gpu:
-            self.module.enable_gradient_checkpointing()
-        self.family = registry.family(self.module)
-        if self.family.guidance == "embedded":
-            raise AccelError(
-                f"{type(self.module).__name__} takes the guidance scale as an input: it runs one "
-                "branch already"
-            )
+        self.model = GuidedModel(model, plan.device)
+        self.module, self.device = self.model.module, self.model.device
         self.generator = Generator().manual_seed(plan.seed)
-        accepted = inspect.signature(self.pipe.__call__).parameters
-        true_scale = self.family.guidance == "sequential" and "true_cfg_scale" in accepted
-        self.scale_name = "true_cfg_scale" if true_scale else "guidance_scale"
-        known = accepted.get(self.scale_name)
-        own = float(self.call.get(self.scale_name) or (known.default if known else 1.0))
-        self.own_scale = min(max(own, plan.scales[0]), plan.scales[1])
-
-    # --- guided runs of the frozen model -------------------------------------------------------
+        low, high = plan.scales
+        self.own_scale = min(max(self.model.own_scale, low), high)
 
     def pool(self, say: Callable[[str], None]) -> Pool:
         """The states of all guided runs; kept on disk for the next time."""
@@ -124,54 +104,16 @@ class Trainer:
         _save_whole(vars(pool), file)
         return pool
 
-    @torch.no_grad()
     def _states(self, index: int, calls: int, leader: Adapters | LowRank | None) -> Pool:
-        """The states of one call of the pipeline, at its own scale or one far from the last.
-
-        With a leader the run goes where those adapters lead.
-        """
+        """The states of one call of the pipeline, at its own scale or one far from the last."""
         low, high = self.plan.scales
         uniform = float(torch.rand((), generator=self.generator))
         scale = low + (high - low) * ((0.618 * (index // 2) + uniform / calls) % 1)
         scale = self.own_scale if index % 2 else scale
         picks = torch.randint(len(self.prompts), (self.plan.batch,), generator=self.generator)
+        prompts = [self.prompts[int(pick)] for pick in picks]
         steps = int(torch.randint(*STEPS, (), generator=self.generator))
-        lead = None if leader is None else partial(self._led, leader, scale)
-        recorder = Recorder(self.module, self.family, lead)
-        hook = self.module.register_forward_hook(recorder, with_kwargs=True)
-        try:
-            self.pipe(
-                **self._call(max(scale, 1.01), steps),
-                prompt=[self.prompts[int(pick)] for pick in picks],
-                generator=self.generator,
-            )
-        finally:
-            hook.remove()
-        if not recorder.states:
-            raise AccelError(f"{type(self.pipe).__name__} did not guide: no branches were seen")
-        pool = gathered(recorder.states, self.plan.batch)
-        pool.weight = velocity_weight(self.pipe.scheduler, pool.inputs["timestep"])
-        return pool
-
-    def _led(self, leader: Adapters | LowRank, scale: float, inputs: dict[str, Any]) -> Tensor:
-        """What trained adapters make of the conditional branch."""
-        leader.guidance = scale
-        handle = leader.attach(self.module, parameters(self.module))
-        try:
-            predicted: Tensor = self.module(**nested(inputs | {"return_dict": False}))[0]
-        finally:
-            handle.remove()
-        return predicted
-
-    def _call(self, scale: float, steps: int) -> dict[str, Any]:
-        call = {**self.call, "num_inference_steps": steps, "output_type": "latent"}
-        call[self.scale_name] = scale
-        negative = call.pop("negative_prompt", None)
-        if self.scale_name == "true_cfg_scale" or negative is not None:
-            call["negative_prompt"] = [negative or ""] * self.plan.batch
-        return call
-
-    # --- training ------------------------------------------------------------------------------
+        return self.model.states(prompts, scale, steps, self.generator, leader)
 
     def first_adapters(self, pool: Pool) -> Adapters | LowRank:
         """Those that the plan starts from, else untrained ones, which change nothing yet."""
@@ -200,7 +142,7 @@ class Trainer:
             AdapterConfig(
                 variant=plan.variant,  # type: ignore[arg-type]
                 base=base,
-                hosts=attention_hosts(self.module, self.family),
+                hosts=attention_hosts(self.module, self.model.family),
                 text_width=pool.inputs[ENCODER].shape[-1],
                 width=plan.width,
                 scales=plan.scales,
@@ -214,10 +156,7 @@ class Trainer:
         """How far what the adapters add is from what guidance adds, weighted, (rows,)."""
         adapters.guidance = scale
         inputs = {name: value[rows] for name, value in pool.inputs.items()}
-        given = {
-            name: placed(value, self.device) for name, value in {**pool.fixed, **inputs}.items()
-        }
-        found = self.module(**nested(given | {"return_dict": False}))[0].float().cpu()
+        found = self.model.predict(pool.fixed | inputs).float().cpu()
         cond, uncond = pool.cond[rows].float(), pool.uncond[rows].float()
         wide = scale.reshape(-1, *[1] * (cond.dim() - 1))
         added, wanted = found - cond, (wide - 1) * (cond - uncond)

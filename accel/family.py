@@ -75,7 +75,7 @@ class Stack:
 class Family:
     """One architecture: its stacks in calling order and how its pipelines do guidance.
 
-    `guidance`: "batched" (both branches in one call), "sequential" (one call each) or "embedded".
+    `guidance`: "batched" (both branches in one call) or "sequential" (one call each).
     `interleaved`: blocks of the stacks alternate (Latte) instead of following each other.
     `relayout(x, like)`: bring a tensor in the first block's layout into that of `like`.
     `blocks(denoiser)`: the chain, where it is not made of lists; `spans(denoiser)`: spans of a
@@ -90,7 +90,7 @@ class Family:
 
     name: str
     stacks: tuple[Stack, ...] = ()
-    guidance: Literal["batched", "sequential", "embedded"] = "batched"
+    guidance: Literal["batched", "sequential"] = "batched"
     observer: Observer | None = None
     interleaved: bool = False
     relayout: Callable[[Any, Any], Any] | None = None

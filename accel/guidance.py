@@ -63,11 +63,6 @@ class GuidancePolicy(Protocol):
 
 def guide(denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str) -> Handle:
     """Let `policy` decide about the guidance branches of a denoiser."""
-    if denoiser.family.guidance == "embedded":
-        raise AccelError(
-            f"{method}: {type(denoiser.module).__name__} takes the guidance scale as an input and "
-            "has no unconditional branch to leave out"
-        )
     branches = _Branches(denoiser, policy, method)
     denoiser.forgetting.append(branches.restart)
     forgotten = Handle(lambda: denoiser.forgetting.remove(branches.restart))

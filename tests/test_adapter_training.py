@@ -13,9 +13,11 @@ from tiny_pipelines import built, run
 from typer.testing import CliRunner
 
 import accel
-from accel import adapter_training
+from accel import adapter_training, guided_model
 from accel.adapter_training import Trainer, Training, mismatch, read_scales
+from accel.chain import parameters
 from accel.cli import app
+from accel.guided_model import GuidedModel
 
 
 @pytest.fixture
@@ -28,13 +30,13 @@ def folder(tmp_path, monkeypatch) -> tuple[str, Path]:
     prompts.write_text("a cat\nzebra\n")
     small = {"height": 32, "width": 32, "num_frames": 5}
     given = {key: tiny.call[key] for key in small if key in tiny.call}
-    load = adapter_training.load
+    load = guided_model.load
 
     def smaller(*args: Any) -> Any:
         pipe, call, fps = load(*args)
         return pipe, {**given, **call}, fps
 
-    monkeypatch.setattr(adapter_training, "load", smaller)
+    monkeypatch.setattr(guided_model, "load", smaller)
     return str(tmp_path / "model"), prompts
 
 
@@ -84,13 +86,13 @@ def test_trained_adapters_lead_half_of_the_guided_runs(folder, tmp_path, monkeyp
     model, prompts = folder
     adapter_training.train(model, prompts, tmp_path / "first", plan(), lambda _: None)
     led: list[float] = []
-    lead = Trainer._led
+    lead = GuidedModel._led
 
-    def counted(self: Trainer, leader: Any, scale: float, inputs: dict[str, Any]) -> Any:
+    def counted(self: GuidedModel, leader: Any, scale: float, inputs: dict[str, Any]) -> Any:
         led.append(scale)
         return lead(self, leader, scale, inputs)
 
-    monkeypatch.setattr(Trainer, "_led", counted)
+    monkeypatch.setattr(GuidedModel, "_led", counted)
     again = plan(start=str(tmp_path / "first"), minutes=1e-4, trajectories=8)
     trainer = Trainer(model, ["a cat"], again, tmp_path / "work")
     pool = trainer.pool(lambda _: None)
@@ -218,30 +220,24 @@ def test_half_of_the_runs_and_rows_have_the_scale_of_the_call(folder, monkeypatc
     )
     trainer.own_scale = 3.25
     asked: list[float] = []
-    call = Trainer._call
+    settings = GuidedModel._settings
 
-    def seen(self: Trainer, scale: float, steps: int) -> Any:
+    def seen(self: GuidedModel, scale: float, steps: int, batch: int) -> Any:
         asked.append(scale)
-        return call(self, scale, steps)
+        return settings(self, scale, steps, batch)
 
-    monkeypatch.setattr(Trainer, "_call", seen)
+    monkeypatch.setattr(GuidedModel, "_settings", seen)
     parts = [trainer._states(index, 8, None) for index in range(8)]
     assert asked[1::2] == [3.25] * 4
     others = asked[::2]
     assert max(others) - min(others) > 2, "spread over 1 to 8"
     assert 3.25 not in others
     adapters = trainer.first_adapters(parts[0])
-    handle = adapters.attach(trainer.module, adapter_training.parameters(trainer.module))
+    handle = adapters.attach(trainer.module, parameters(trainer.module))
     optimiser = adapter_training._optimiser(adapters)
     trainer._step(adapters, optimiser, parts[0], parts[0].change, {"step": 0.0, "seconds": 0.0})
     handle.remove()
     assert (adapters.guidance == 3.25).tolist() == [True, False]
-
-
-@pytest.mark.parametrize(("name", "scale"), [("sd15", 7.5), ("wan21", 5.0)])
-def test_without_call_settings_the_scale_is_the_pipelines_own(name, scale, tmp_path) -> None:
-    built(name)[0].pipe.save_pretrained(tmp_path)
-    assert Trainer(str(tmp_path), ["a cat"], plan(), tmp_path).own_scale == scale
 
 
 def _mean(values: torch.Tensor) -> torch.Tensor:

@@ -139,8 +139,7 @@ def test_unpacking_is_undone_by_packing(name, monkeypatch) -> None:
 @pytest.mark.parametrize("name", ["flux", "hunyuan_video"])
 def test_embedded_guidance_has_nothing_to_leave_out(name) -> None:
     tiny, baseline = built(name)
-    message = "takes the guidance scale as an input|guidance is off"
-    with pytest.raises(accel.AccelError, match=message):
+    with pytest.raises(accel.AccelError, match="guidance is off"):
         accel.patch(tiny.pipe, accel.CfgCache())
         run(tiny)
     accel.unpatch(tiny.pipe)
