@@ -2,6 +2,7 @@
 
     python -m demos.zoo.emoji_video vae --minutes 10
     python -m demos.zoo.emoji_video denoiser --minutes 70
+    python -m demos.zoo.emoji_video decoder --minutes 20
     python -m demos.zoo.emoji_video export
 
 The denoiser sees clips of 9 to 17 frames: in some, pairs of latent frames pass at twice the speed,
@@ -229,7 +230,7 @@ def pipeline(weights: dict[str, Tensor], vae: nn.Module) -> WanPipeline:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["vae", "denoiser", "export"])
+    parser.add_argument("part", choices=["vae", "denoiser", "decoder", "export"])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--start", type=Path, help="an exported emoji-video")
@@ -237,8 +238,8 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", default=torch.cuda.is_available())
     parser.add_argument("--output", type=Path, default=Path("zoo/emoji-video"))
     options = parser.parse_args()
-    if options.part == "vae":
-        train_vae(options.minutes, options.device)
+    if options.part in ("vae", "decoder"):
+        train_vae(options.minutes, options.device, options.part == "decoder")
     elif options.part == "denoiser":
         train_denoiser(
             options.start, options.minutes, options.device, options.batch_size, options.bf16

@@ -12,7 +12,7 @@ from torch import Generator, Tensor, nn
 from demos.zoo import data, train
 
 SIZE, FRAMES, LATENT = 32, 17, 32
-NAME = "emoji-video-vae"
+NAME, DECODER = "emoji-video-vae", "emoji-video-decoder"
 LATENTS = train.CHECKPOINTS / "emoji-video-latents.pt"
 """Encoded clips and their statistics, once `emoji_video.latents` made them."""
 CONFIG = {
@@ -74,9 +74,15 @@ def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     return whole if patch is None else unpatchify(whole, patch)
 
 
-def train_vae(minutes: float, device: str) -> None:
-    """Reconstruct parts of clips; prints the PSNR of whole ones as it goes."""
-    vae = autoencoder().to(device)
+def train_vae(minutes: float, device: str, decoder: bool = False) -> None:
+    """Reconstruct parts of clips; prints the PSNR of whole ones as it goes.
+
+    With `decoder`, the decoder of the trained one alone learns on, so latents stay what they are.
+    """
+    vae = (load_vae() if decoder else autoencoder()).to(device)
+    if decoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     pictures = data.sprites()
 
     def clips(count: int, frames: int, generator: Generator) -> Tensor:
@@ -88,6 +94,10 @@ def train_vae(minutes: float, device: str) -> None:
     def loss(generator: Generator) -> Tensor:
         count, frames = ((12, 5), (8, 9))[int(torch.randint(2, (), generator=generator))]
         video = clips(count, frames, generator)
+        if decoder:
+            with torch.no_grad():
+                known = vae.encode(video).latent_dist.mode()
+            return (decode(vae, known) - video).square().mean()
         posterior = vae.encode(video).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
         error = decode(vae, posterior.mean + posterior.std * noise) - video
@@ -102,11 +112,11 @@ def train_vae(minutes: float, device: str) -> None:
         print(f"vae step {step} PSNR {psnr:.2f} dB", flush=True)
 
     train.fit(
-        NAME,
+        DECODER if decoder else NAME,
         vae,
         loss,
         minutes=minutes,
-        lr=2e-3,
+        lr=1e-3 if decoder else 2e-3,
         muon=("encoder.", "decoder."),
         ema=0.99,
         progress=progress,
@@ -116,7 +126,9 @@ def train_vae(minutes: float, device: str) -> None:
 
 def load_vae() -> nn.Module:
     """The trained autoencoder, with measured latent statistics where they are known."""
-    saved = torch.load(train.CHECKPOINTS / f"{NAME}.pt", weights_only=True)["averaged"]
+    later = train.CHECKPOINTS / f"{DECODER}.pt"
+    file = later if later.exists() else train.CHECKPOINTS / f"{NAME}.pt"
+    saved = torch.load(file, weights_only=True)["averaged"]
     if LATENTS.exists():
         known = torch.load(LATENTS, weights_only=True)
         vae = autoencoder(known["mean"], known["std"])
