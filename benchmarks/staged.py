@@ -191,11 +191,16 @@ def maps(target: Path, count: int = 6) -> None:
     Image.fromarray(pixels).save(target)
 
 
-def merged(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """An earlier run of all rows with some of them measured again or added."""
+def _checked(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """The earlier run of all rows that `--rows` measures again in part; said before, not after."""
     if old is None or any(old[each] != new[each] for each in ("prompts", "versions", "machine")):
         raise SystemExit("--rows: the result file has no run of these prompts and versions")
-    again = [row for row in new["rows"] if row["row"] != "untouched"]
+    return old
+
+
+def merged(old: dict[str, Any], rows: list[Any]) -> dict[str, Any]:
+    """An earlier run of all rows with some of them measured again or added."""
+    again = [row for row in rows if row["row"] != "untouched"]
     names = [row["row"] for row in again]
     return {**old, "rows": [row for row in old["rows"] if row["row"] not in names] + again}
 
@@ -223,17 +228,17 @@ def main() -> None:
         return
     captions = _captions(given.model, given.part)[: given.num_prompts] * given.seeds
     names = ["untouched", *given.rows] if given.rows else list(ROWS[given.model])
-    rows = judged(given.model, captions, measured(given.model, names, captions))
     run = {
         "command": " ".join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
         "prompts": f"{given.part}, the first {given.num_prompts}"
         + (f", {given.seeds} seeds each" if given.seeds > 1 else ""),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "machine": f"{platform.machine()} CPU, one thread, other jobs beside",
-        "rows": rows,
     }
     old = json.loads(given.output.read_text()) if given.output.exists() else {"runs": {}}
-    old["runs"][given.model] = merged(old["runs"].get(given.model), run) if given.rows else run
+    known = _checked(old["runs"].get(given.model), run) if given.rows else None
+    rows = judged(given.model, captions, measured(given.model, names, captions))
+    old["runs"][given.model] = {**run, "rows": rows} if known is None else merged(known, rows)
     given.output.write_text(json.dumps(old, indent=1) + "\n")
     for row in rows:
         print(json.dumps(row))
