@@ -88,6 +88,11 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
     "emoji-video": {
         "untouched": (50, ()),
         "VGDFR(keep=0.8)": (50, (accel.VGDFR(keep=0.8, tail=0),)),
+        "VGDFR(keep=0.67)": (50, (accel.VGDFR(keep=0.67),)),
+        "VGDFR(keep=0.67) and FitCache": (
+            50,
+            (accel.VGDFR(keep=0.67), accel.FitCache(share=0.3)),
+        ),
         "VGDFR(keep=0.6)": (50, (accel.VGDFR(keep=0.6, tail=0),)),
         "VGDFR(keep=0.6, all layers global)": (
             50,

@@ -11,11 +11,11 @@ from typing import Any
 ABOUT = {
     "emoji-video": (
         "WanPipeline",
-        "Text to video, 32×32 pixels, 9 frames: WanTransformer3DModel (14 blocks of width 128, 80 "
-        "tokens), AutoencoderKLWan (2× in space and time, 4 channels), UMT5 text encoder (2 layers), "
-        "flow matching with shift 2. Trained by its script as of commit 2771a5e; the script now trains a "
-        "successor of 17 frames.",
+        "Text to video, 32×32 pixels, 17 frames: WanTransformer3DModel (14 blocks of width 128, 576 "
+        "tokens), AutoencoderKLWan (4× in space, 2× in time, 32 channels), UMT5 text encoder (2 "
+        "layers), flow matching with shift 3.",
         "demos.zoo.emoji_video",
+        "two CPU threads, fp32 to step 2802, then `--bf16`",
     ),
     "emoji-image": (
         "FluxPipeline",
@@ -23,19 +23,21 @@ ABOUT = {
         "double and 6 single blocks of width 128), AutoencoderKL (4×, 8 channels), CLIP and T5 text "
         "encoders (2 layers each), flow matching with shift 2.",
         "demos.zoo.emoji_image",
+        "fp32 on one CPU thread",
     ),
     "emoji-unet": (
         "StableDiffusionPipeline",
         "Text to picture, 64×64 pixels, 16×16 latents: UNet2DConditionModel (64, 128, 128 channels), "
         "AutoencoderKL (4×, 8 channels), CLIP text encoder (2 layers), ε-prediction.",
         "demos.zoo.emoji_unet",
+        "fp32 on one CPU thread",
     ),
 }
 
 
 def card(name: str, result: dict[str, Any], minutes: float, steps: int, file: Path) -> str:
     """The Markdown of a card; every figure comes from `result` or the loss curve."""
-    pipeline, about, module = ABOUT[name]
+    pipeline, about, module, where = ABOUT[name]
     motion = ["motion"] if "motion" in result["real"] else []
     columns = ["colour", *motion, "caption_top1", "kid"]
     best = result["runs"][0]
@@ -60,7 +62,7 @@ A small model that was really trained, for testing and measuring acceleration. L
 emoji-datasource-google 16.0.0), 64 names on 8 background colours{", 9 motions" if motion else ""}.
 One combination in eight is never shown in training.
 
-**Recipe.** `python -m {module}`, fp32 on one CPU thread: {steps} steps, {minutes:.0f} minutes for the
+**Recipe.** `python -m {module}`, {where}: {steps} steps, {minutes:.0f} minutes for the
 denoiser and its text encoder (loss curve in `loss.csv`); 10 % caption drop-out, averaged weights.
 
 **Figures** on {result["clips"]} results for {result["prompts"]} captions never seen in training

@@ -7,8 +7,7 @@
 
 The denoiser sees clips of 9 to 17 frames: in some, pairs of latent frames pass at twice the speed,
 as one latent frame each. `--start FOLDER` begins it with the weights of an exported emoji-video
-that fit; `--bf16` saves time on a GPU and on a CPU with AMX. The exported model is still the one of
-9 frames that this script made at commit 2771a5e.
+that fit; `--bf16` saves time on a GPU and on a CPU with AMX.
 """
 
 from __future__ import annotations
