@@ -138,7 +138,7 @@ class Streams:
         with self._lock:
             if self._pipe is None:
                 pipe = model_zoo.load(MODEL)[0]
-                pipe.load_lora_weights(model_zoo.path(MODEL) / "loras", weight_name=LORA)
+                pipe.load_lora_weights(model_zoo.path(MODEL) / "adapters", weight_name=LORA)
                 pipe.fuse_lora()
                 self._pipe = pipe
             return self._pipe

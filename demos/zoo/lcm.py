@@ -29,7 +29,7 @@ from demos.zoo.few_steps import Teacher, judged
 RANK, BATCH, GROUP, GROUPS = 12, 16, 32, 48
 JUMP = 100
 """Timesteps of one teacher step."""
-FOLDER, FILE = Path("zoo/emoji-unet/loras"), "lcm.safetensors"
+FOLDER, FILE = Path("zoo/emoji-unet/adapters"), "lcm.safetensors"
 
 
 class LowRank(nn.Module):
