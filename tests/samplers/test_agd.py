@@ -18,7 +18,7 @@ from accel.adapters import AdapterConfig, Adapters, CrossHosts
 from accel.low_rank import LowRank, LowRankConfig
 
 FAMILIES = ["sd15", "flux_cfg", "sd3", "pixart", "wan21"]
-ZOO = ["emoji-unet", "emoji-image", "emoji-video"]
+ZOO = ["emoji-unet", "emoji-image"]
 
 
 def denoiser_of(pipe: Any) -> Any:
