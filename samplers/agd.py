@@ -29,8 +29,8 @@ class AGD:
     """Run the conditional branch alone, with adapters that know the guidance scale.
 
     Perez Jensen and Sadat, "Adapter Guidance Distillation", TMLR 2025. `adapters` is a folder that
-    `accel adapters train` wrote; None is `adapters/agd` beside the model's weights, which the zoo's
-    models have. The pipeline's own guidance scale goes to the adapters at each run, so scales keep
+    `accel adapters train` wrote; None is `adapters/agd` beside the model's weights, which the
+    zoo's emoji-image and emoji-unet have. The pipeline's own guidance scale goes to the adapters at each run, so scales keep
     their meaning; what they return stands for both branches, so the pipeline's arithmetic leaves it
     alone. Negative prompts do not act: the one of the training is baked in. Raises `AccelError` for
     adapters of another base and for models that take the scale as an input.
