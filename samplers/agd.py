@@ -29,11 +29,11 @@ class AGD:
     """Run the conditional branch alone, with adapters that know the guidance scale.
 
     Perez Jensen and Sadat, "Adapter Guidance Distillation", TMLR 2025. `adapters` is a folder that
-    `accel adapters train` wrote; None is `adapters/agd` beside the model's weights, which the
-    zoo's emoji-image and emoji-unet have. The pipeline's own guidance scale goes to the adapters at each run, so scales keep
-    their meaning; what they return stands for both branches, so the pipeline's arithmetic leaves it
-    alone. Negative prompts do not act: the one of the training is baked in. Raises `AccelError` for
-    adapters of another base and for models that take the scale as an input.
+    `accel adapters train` wrote; None is `adapters/agd` beside the model's weights, which the zoo's
+    emoji-image and emoji-unet have. The pipeline's own guidance scale goes to the adapters at each
+    run, so scales keep their meaning; what they return stands for both branches, so the pipeline's
+    arithmetic leaves it alone. Negative prompts do not act: the one of the training is baked in.
+    Raises `AccelError` for adapters of another base and for models that take the scale as an input.
 
     Differs from the paper: by default the adapters are low-rank offsets of all weights, which lie
     in the weights while a run lasts (`accel.low_rank`) and cost nothing at a call. The paper's
