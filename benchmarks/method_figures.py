@@ -62,6 +62,7 @@ def staged(name: str) -> str:
         if not any(row["methods"] for row in mine):
             continue
         lines += [
+            *([""] if lines else []),
             f"Scores on {model}, prompts: {run['prompts']} (`{run['command']}`; log p is the mean",
             "log-probability of the right name over the untouched run's, with its 95 % interval):",
             "",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import sys
 import time
@@ -243,7 +244,7 @@ def main() -> None:
     captions = _captions(given.model, given.part)[: given.num_prompts] * given.seeds
     names = ["untouched", *given.rows] if given.rows else list(ROWS[given.model])
     run = {
-        "command": " ".join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.staged", *sys.argv[1:]]),
         "prompts": f"{given.part}, the first {given.num_prompts}"
         + (f", {given.seeds} seeds each" if given.seeds > 1 else ""),
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
