@@ -1,9 +1,6 @@
 """Rewrite the table of measured results in README.md from the JSON that `accel bench` wrote.
 
-python benchmarks/readme_table.py benchmarks/results/emoji-video-cpu-whole.json \\
-    benchmarks/results/emoji-video-cpu.json
-
-The second file's run had the machine to itself: what hooking costs is taken from there.
+python benchmarks/readme_table.py benchmarks/results/emoji-video-cpu-whole.json
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README = Path(__file__).parent.parent / "README.md"
 
 
-def table(result: dict[str, Any], idle: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The Pareto front of ours and of the others above 24 dB, in Markdown; failing rows below."""
     plan, machine, versions = result["plan"], result["machine"], result["versions"]
     rows = [row for row in result["rows"] if "failed" not in row]
@@ -46,12 +43,11 @@ def table(result: dict[str, Any], idle: dict[str, Any]) -> str:
     failed = [f"{row['name']} ({row['failed']})" for row in result["rows"] if "failed" in row]
     if failed:
         lines += ["", f"Failing in this run: {'; '.join(failed)}."]
-    cost = idle["overhead"]
+    cost = result["overhead"]
     lines += [
         "",
         f"With nothing reused a run takes {cost['run']:+.1%} time; hooking costs "
-        f"{cost['microseconds_per_block']:.1f} µs a block (`emoji-video-cpu.json`, idle machine; "
-        f"{result['overhead']['run']:+.1%} in this run, beside other jobs). All rows: "
+        f"{cost['microseconds_per_block']:.1f} µs a block. All rows: "
         "`benchmarks/results/`; the command:",
         "",
         "```",
@@ -68,10 +64,10 @@ def front_of(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Replace what lies between the two markers."""
-    result, idle = (json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[1:3])
+    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     before, rest = README.read_text(encoding="utf-8").split(BEGIN)
     _, after = rest.split(END)
-    README.write_text(f"{before}{BEGIN}\n{table(result, idle)}\n{END}{after}", encoding="utf-8")
+    README.write_text(f"{before}{BEGIN}\n{table(result)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
