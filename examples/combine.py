@@ -6,7 +6,7 @@ import accel
 from accel import metrics, model_zoo
 
 pipe, call, _ = model_zoo.load("emoji-video")
-call |= {"num_inference_steps": 30, "output_type": "pt"}
+call |= {"num_inference_steps": 16, "output_type": "pt"}
 cache = accel.PlainCycle(interval=3, warmup=3, reuse=accel.Taylor(order=1))
 guidance = accel.CfgCache()
 COMBINATIONS = {

@@ -11,7 +11,7 @@ from accel import media, model_zoo
 output = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
 output.mkdir(parents=True, exist_ok=True)
 pipe, call, fps = model_zoo.load("emoji-video")
-call["num_inference_steps"] = 30
+call["num_inference_steps"] = 20
 
 
 def film(prompt: str) -> None:

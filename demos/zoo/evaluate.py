@@ -8,6 +8,7 @@ Every figure is also given for real renders of the same captions: the best that 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -178,10 +179,16 @@ def distances_to_real(clips: Tensor, captions: list[str], views: int = 48) -> Te
     found = torch.empty(len(clips))
     for caption in sorted(set(captions)):
         mine = torch.tensor([index for index, each in enumerate(captions) if each == caption])
-        real = _unit_features(real_clips([caption] * views, size, frames, seed=15))
+        real = _unit_views(caption, views, size, frames)
         similarity = torch.einsum("fnd,fvd->nv", _unit_features(clips[mine]), real)
         found[mine] = 1 - similarity.amax(1) / len(_frames(clips))
     return found
+
+
+@functools.cache
+def _unit_views(caption: str, views: int, size: int, frames: int) -> Tensor:
+    """Kept, as every run of the same captions is compared with the same renders."""
+    return _unit_features(real_clips([caption] * views, size, frames, seed=15))
 
 
 def _unit_features(clips: Tensor) -> Tensor:
