@@ -164,6 +164,8 @@ def test_quantised_weights_get_them_beside(wan) -> None:
 
 
 def test_a_denoiser_compiled_whole_is_served(wan) -> None:
+    """Compiled afresh: beside what earlier tests compiled it once took minutes."""
+    torch._dynamo.reset()
     tiny, _, folder = wan
     with accel.patched(tiny.pipe, accel.AGD(folder)):
         eager = run(tiny)
@@ -174,6 +176,7 @@ def test_a_denoiser_compiled_whole_is_served(wan) -> None:
             assert not torch.allclose(run(tiny, guidance_scale=2.0), eager, atol=1e-5)
     finally:
         tiny.pipe.transformer._compiled_call_impl = None
+        torch._dynamo.reset()
 
 
 def test_a_host_of_another_shape_is_refused(wan, tmp_path) -> None:
