@@ -10,7 +10,7 @@ if not os.path.exists("/dev/nvidiactl"):  # before anything imports Triton
 
 import pytest
 import torch
-from tiny_pipelines import MATRIX, TINY, built
+from tiny_pipelines import MATRIX, TINY, built, hooks_left
 
 import accel
 
@@ -18,6 +18,13 @@ import accel
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_pipelines_stay_clean():
+    """A hook left behind would act, and grow, in every later test of the session."""
+    yield
+    assert not hooks_left()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tiny_pipelines import TINY
+from tiny_pipelines import TINY, Tiny, built
 
 from accel import HoldResidual, registry
 from accel.clock import StepClock
@@ -134,6 +134,10 @@ pairs = pairs_of(METHODS)
 
 def make(name: str, settings: dict[str, dict[str, Any]]) -> Any:
     return registry.method(name)(**settings[name])
+
+
+def family_of(tiny: Tiny) -> str:
+    return next(family for family in TINY if built(family)[0] is tiny)
 
 
 def context_at(step: int, total: int, branch: Branch = COND, skipped: int = 0) -> StepContext:

@@ -164,8 +164,6 @@ def test_quantised_weights_get_them_beside(wan) -> None:
 
 
 def test_a_denoiser_compiled_whole_is_served(wan) -> None:
-    """Compiled afresh: beside what earlier tests compiled it once took minutes."""
-    torch._dynamo.reset()
     tiny, _, folder = wan
     with accel.patched(tiny.pipe, accel.AGD(folder)):
         eager = run(tiny)

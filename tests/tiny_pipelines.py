@@ -606,8 +606,24 @@ MATRIX: dict[tuple[str, str], str] = {}
 """(method, family) → what the contract tests saw; printed at the end of the run."""
 
 
+SHARED: dict[str, Any] = {}
+
+
 @functools.cache
 def built(name: str) -> tuple[Tiny, torch.Tensor]:
     """One pipeline of a family for the whole session, and its untouched latents of seed 0."""
     tiny = TINY[name]()
+    SHARED[name] = tiny.pipe
     return tiny, run(tiny)
+
+
+def hooks_left() -> list[str]:
+    """Modules of the shared pipelines that a test left hooks of torch on."""
+    return [
+        f"{name}: {part}"
+        for name, pipe in SHARED.items()
+        for component in pipe.components.values()
+        if isinstance(component, nn.Module)
+        for part, module in component.named_modules()
+        if module._forward_pre_hooks or module._forward_hooks
+    ]

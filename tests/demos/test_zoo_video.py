@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_pipelines import built
+from tiny_pipelines import TINY
 
 from demos.zoo import data, emoji_video, emoji_video_vae
 from demos.zoo.routing import Routing
@@ -33,7 +33,7 @@ def test_latents_of_clips_that_the_vae_cannot_take_whole() -> None:
 
 @pytest.mark.parametrize("changed", ["kept", "skipped"])
 def test_routed_blocks_see_half_of_the_tokens_and_leave_the_others_alone(changed) -> None:
-    model = built("wan21")[0].pipe.transformer.eval()
+    model = TINY["wan21"]().pipe.transformer
     routing = Routing([*model.blocks[1:3]], torch.Generator().manual_seed(0))
     seen: list[torch.Size] = []
     for block in model.blocks:
