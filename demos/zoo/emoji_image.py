@@ -5,7 +5,8 @@
     python -m demos.zoo.emoji_image export
 
 Half of the time goes into 64×64 pictures, a quarter of the tokens, whose positions are spread over
-the coordinates of the large ones; the rest into 128×128.
+the coordinates of the large ones; the rest into 128×128. `--start FOLDER` goes on with an exported
+emoji-image, at 128×128 alone.
 """
 
 from __future__ import annotations
@@ -83,16 +84,22 @@ def positions(size: int) -> Tensor:
     return ids.view(-1, 3)
 
 
-def training(minutes: float, device: str, batch_size: int) -> None:
+def training(start: Path | None, minutes: float, device: str, batch_size: int) -> None:
     """Flow matching on small pictures, then on large ones."""
-    small = minutes * SMALL_SHARE
-    stage(64, small, 1.5e-3, device, batch_size)
-    stage(SIZE, minutes - small, 7e-4, device, max(batch_size // 4, 1))
+    model = Model()
+    small = minutes * SMALL_SHARE if start is None else 0.0
+    if start is None:
+        stage(model, 64, small, 1.5e-3, device, batch_size)
+    else:
+        train.start_from(model, start, "emoji-image", images.NAME)
+    stage(model, SIZE, minutes - small, 7e-4, device, max(batch_size // 4, 1))
 
 
-def stage(size: int, minutes: float, lr: float, device: str, batch_size: int) -> None:
+def stage(
+    model: nn.Module, size: int, minutes: float, lr: float, device: str, batch_size: int
+) -> None:
     """Train at one picture size."""
-    model = Model().to(device)
+    model.to(device)
     known = images.latents(size, device, images.PICTURES if size < SIZE else images.PICTURES // 4)
     reference = images.latents(64, device)
     clean_all = known["latents"] * known["std"] + known["mean"]
@@ -109,8 +116,7 @@ def stage(size: int, minutes: float, lr: float, device: str, batch_size: int) ->
         t5 = torch.where(dropped, t5_empty, t5_ids[names, colours]).to(device)
         clean = pack(clean_all[rows]).to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        u = torch.sigmoid(torch.randn(batch_size, generator=generator))
-        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
+        sigma = train.noise_levels(batch_size, SHIFT, generator).to(device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             predicted = model.transformer(
@@ -169,11 +175,12 @@ def main() -> None:
     parser.add_argument("part", choices=["train", "export"])
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--start", type=Path, help="an exported emoji-image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("zoo/emoji-image"))
     options = parser.parse_args()
     if options.part == "train":
-        training(options.minutes, options.device, options.batch_size)
+        training(options.start, options.minutes, options.device, options.batch_size)
     else:
         from demos.zoo.export import export
 

@@ -33,6 +33,7 @@ from demos.zoo.emoji_video_vae import (
     FRAMES,
     LATENT,
     LATENTS,
+    NAME,
     SIZE,
     batch,
     encoded,
@@ -81,15 +82,6 @@ class Model(nn.Module):
                 tie_word_embeddings=True,
             )
         )
-
-    def start_from(self, folder: Path) -> None:
-        """Take an exported pipeline's weights, as far as their shapes are the same."""
-        pipe = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        for name in ("transformer", "text_encoder"):
-            mine, known = getattr(self, name), getattr(pipe, name).state_dict()
-            own = mine.state_dict()
-            fits = {key: each for key, each in known.items() if each.shape == own[key].shape}
-            mine.load_state_dict(own | fits)
 
     def encode(self, ids: Tensor) -> Tensor:
         """Prompt embeddings as WanPipeline makes them: zero after the end of the text."""
@@ -144,14 +136,14 @@ def latents(device: str) -> dict[str, Any]:
 def train_denoiser(
     start: Path | None, minutes: float, device: str, batch_size: int, bf16: bool
 ) -> None:
-    """Flow matching: predict noise − clip at a shifted logit-normal noise level.
+    """Flow matching: predict noise − clip at `train.noise_levels`.
 
     Half of the tokens skip ten blocks until four fifths of the time have passed. `bf16`: see
     `amx.quick`.
     """
     model = Model()
     if start is not None:
-        model.start_from(start)
+        train.start_from(model, start, "emoji-video", NAME)
     model.to(device)
     known = latents(device)
     tokens = text.token_table(with_motion=True)
@@ -169,9 +161,7 @@ def train_denoiser(
         ids = torch.where(dropped[:, None], text.empty(TEXT_LENGTH), ids).to(device)
         clean = clips[rows].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        normal = torch.randn(batch_size, generator=generator)
-        u = torch.sigmoid(normal)
-        sigma = (SHIFT * u / (1 + (SHIFT - 1) * u)).to(device)
+        sigma = train.noise_levels(batch_size, SHIFT, generator).to(device)
         level = sigma[:, None, None, None, None]
         noisy = (1 - level) * clean + level * noise
         with torch.autocast(device, torch.bfloat16, enabled=bf16):

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from demos.zoo import data, train
 
-LATENT = 8
+LATENT, NAME = 8, "emoji-vae"
 PICTURES = 16384
 
 
@@ -75,7 +75,7 @@ def train_vae(minutes: float, device: str) -> None:
         print(f"vae step {step} PSNR {psnr:.2f} dB", flush=True)
 
     train.fit(
-        "emoji-vae",
+        NAME,
         vae,
         loss,
         minutes=minutes,
@@ -89,7 +89,7 @@ def train_vae(minutes: float, device: str) -> None:
 def load_vae(scaling: float = 1.0, shift: float = 0.0) -> nn.Module:
     """The trained autoencoder."""
     vae = autoencoder(scaling, shift)
-    saved = torch.load(train.CHECKPOINTS / "emoji-vae.pt", weights_only=True)
+    saved = torch.load(train.CHECKPOINTS / f"{NAME}.pt", weights_only=True)
     vae.load_state_dict(saved["averaged"])
     return vae.eval()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -80,6 +81,41 @@ def optimizers(model: nn.Module, lr: float, muon: Iterable[str]) -> list[torch.o
     return [*found, Muon(matrices, lr)] if matrices else found
 
 
+def noise_levels(count: int, shift: float, generator: Generator) -> Tensor:
+    """Levels σ in (0, 1) to train flow matching at, (count,).
+
+    Every other one is of the shifted logit-normal distribution (Esser et al. 2024), which dwells
+    where most is decided but is below 0.1 once in hundreds or thousands; runs of fifty steps take
+    several steps there. So the rest are squares of uniform numbers: a third is below 0.1.
+    """
+    u = torch.sigmoid(torch.randn(count, generator=generator))
+    low = torch.rand(count, generator=generator).square()
+    shifted = shift * u / (1 + (shift - 1) * u)
+    return torch.where(torch.arange(count) % 2 == 0, shifted, low)
+
+
+def start_from(model: nn.Module, folder: Path, name: str, autoencoder: str) -> None:
+    """Go on with an exported zoo model: its weights, loss curve and autoencoder.
+
+    Weights of another shape stay as they are. The autoencoder goes into the checkpoints under its
+    name unless one of that name was trained.
+    """
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    for part, mine in model.named_children():
+        own, known = mine.state_dict(), getattr(pipe, part).state_dict()
+        fits = {key: each for key, each in known.items() if each.shape == own[key].shape}
+        mine.load_state_dict(own | fits)
+    CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+    file, curve = CHECKPOINTS / f"{autoencoder}.pt", CHECKPOINTS / f"{name}.csv"
+    if not file.exists():
+        torch.save({"averaged": pipe.vae.state_dict()}, file)
+    if not curve.exists():
+        shutil.copy(folder / "loss.csv", curve)
+        curve.write_text("".join(curve.read_text().splitlines(keepends=True)[1:]))
+
+
 def fit(  # noqa: C901 (one loop, read from top to bottom)
     name: str,
     model: nn.Module,
@@ -105,7 +141,7 @@ def fit(  # noqa: C901 (one loop, read from top to bottom)
     generator = Generator().manual_seed(seed)
     optimisers = optimizers(model, lr, muon)
     averaged = {key: value.detach().clone() for key, value in model.state_dict().items()}
-    step = 0
+    step = _steps(curve)
     if file.exists():
         saved = torch.load(file, weights_only=True)
         model.load_state_dict(saved["model"])
@@ -149,6 +185,11 @@ def fit(  # noqa: C901 (one loop, read from top to bottom)
                 model.train().load_state_dict(own)
     _save(file, model, averaged, optimisers, generator, step)
     return averaged
+
+
+def _steps(curve: Path) -> int:
+    """How many steps a loss curve has already."""
+    return int(curve.read_text().splitlines()[-1].split(",")[0]) if curve.exists() else 0
 
 
 def _decay(done: float) -> float:
