@@ -10,7 +10,7 @@ if not os.path.exists("/dev/nvidiactl"):  # before anything imports Triton
 
 import pytest
 import torch
-from tiny_pipelines import MATRIX, TINY, built, hooks_left
+from tiny_pipelines import MATRIX, TINY, built, left_behind
 
 import accel
 
@@ -24,7 +24,7 @@ def _one_thread() -> None:
 def _shared_pipelines_stay_clean():
     """A hook left behind would act, and grow, in every later test of the session."""
     yield
-    assert not hooks_left()
+    assert not left_behind()
 
 
 @pytest.fixture

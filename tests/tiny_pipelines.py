@@ -617,13 +617,13 @@ def built(name: str) -> tuple[Tiny, torch.Tensor]:
     return tiny, run(tiny)
 
 
-def hooks_left() -> list[str]:
-    """Modules of the shared pipelines that a test left hooks of torch on."""
-    return [
-        f"{name}: {part}"
-        for name, pipe in SHARED.items()
-        for component in pipe.components.values()
-        if isinstance(component, nn.Module)
-        for part, module in component.named_modules()
-        if module._forward_pre_hooks or module._forward_hooks
-    ]
+def left_behind() -> list[str]:
+    """Hooks and replaced steps that a test left on the shared pipelines."""
+    found = [name for name, pipe in SHARED.items() if "step" in vars(pipe.scheduler)]
+    for name, pipe in SHARED.items():
+        for part in ("transformer", "transformer_2", "unet"):
+            denoiser = getattr(pipe, part, None)
+            for place, module in denoiser.named_modules() if denoiser is not None else ():
+                if module._forward_pre_hooks or module._forward_hooks:
+                    found.append(f"{name}: {place}")
+    return found
