@@ -18,6 +18,7 @@ from accel.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("_few_candidates")
 PROMPTS = ["a cat", "a dog", "a cow", "a fox"]
+TWO = PROMPTS[:2]
 
 
 @pytest.fixture
@@ -73,23 +74,23 @@ def test_a_killed_search_goes_on(tmp_path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrated(tmp_path, psnr=1, say=kill)
+        calibrated(tmp_path, TWO, psnr=1, say=kill)
     done = runs_in(tmp_path)
     assert done == 3
-    calibrated(tmp_path)
+    calibrated(tmp_path, TWO)
     assert runs_in(tmp_path) > done
     tiny, _ = built("wan21")
     assert "_accel_patch" not in vars(tiny.pipe)
 
 
 def test_another_target_in_the_folder_is_searched_for_too(tmp_path) -> None:
-    calibrated(tmp_path, psnr=1)
+    calibrated(tmp_path, TWO, psnr=1)
     state = json.loads((tmp_path / "trials.json").read_text())
-    found = calibrated(tmp_path, speedup=1.2)
+    found = calibrated(tmp_path, TWO, speedup=1.2)
     after = json.loads((tmp_path / "trials.json").read_text())
     assert len(after["trials"]) > len(state["trials"])
     assert list(after["begun"].values()) == [0, len(state["trials"])]
-    assert calibrated(tmp_path, speedup=1.2).generations == found.generations
+    assert calibrated(tmp_path, TWO, speedup=1.2).generations == found.generations
 
 
 def test_one_prompt_costs_three_generations() -> None:
@@ -102,12 +103,12 @@ def test_one_prompt_costs_three_generations() -> None:
 def test_shards_cover_the_first_rung_and_merge(tmp_path) -> None:
     for part in (0, 1):
         folder = tmp_path / str(part)
-        calibrated(folder, psnr=1, shard=(part, 2))
+        calibrated(folder, TWO, psnr=1, shard=(part, 2))
     one, two = (
         set(json.loads((tmp_path / part / "trials.json").read_text())["trials"]) for part in "01"
     )
     assert one and two and not one & two
-    calibrated(tmp_path / "all", psnr=1, merge=[tmp_path / "0", tmp_path / "1"])
+    calibrated(tmp_path / "all", TWO, psnr=1, merge=[tmp_path / "0", tmp_path / "1"])
     assert one | two <= set(json.loads((tmp_path / "all" / "trials.json").read_text())["trials"])
 
 
