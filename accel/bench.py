@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -238,7 +239,7 @@ def run(
         "versions": {
             "accel": accel.__version__,
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
+            **{name: importlib.metadata.version(name) for name in _versioned(plan)},
         },
         "overhead": bench.overhead(),
         "rows": [],
@@ -251,6 +252,11 @@ def run(
         for candidate in peers(bench):
             _measure_into(bench, candidate, result, output, say)
     return result
+
+
+def _versioned(plan: Plan) -> list[str]:
+    peer = plan.peers and importlib.util.find_spec("cache_dit") is not None
+    return ["torch", "diffusers", *(["cache-dit"] if peer else [])]
 
 
 def _measure_into(

@@ -129,7 +129,9 @@ def bench(
     num_prompts: Annotated[int, typer.Option(min=1)] = 32,
     steps: Steps = 50,
     repeats: Annotated[int, typer.Option(min=1, help="timing pairs")] = 5,
-    peers: Annotated[bool, typer.Option("--peers", help="also diffusers' own caches")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="also diffusers' caches and cache-dit")
+    ] = False,
     output_format: Output = Format.human,
 ) -> None:
     """Measure speed-up and quality of methods against the untouched pipeline."""

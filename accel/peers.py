@@ -1,8 +1,10 @@
-"""diffusers' own caches as rows of the benchmark, on the same prompts in the same process."""
+"""Others' caches as rows of the benchmark, on the same prompts in the same process."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,31 +18,93 @@ if TYPE_CHECKING:
 
 
 def candidates(bench: Bench) -> Iterator[Candidate]:
-    """Every built-in cache at several settings."""
-    linear_work = _linear_work(bench, contextlib.nullcontext())
-    for label, make in _configs(bench):
-        yield _candidate(bench, label, make, linear_work)
-
-
-def _candidate(bench: Bench, label: str, make: Callable[[], Any], untouched_work: int) -> Candidate:
+    """Every cache of diffusers at several settings, and cache-dit's where it is installed."""
     denoiser = bench.pipe.transformer if hasattr(bench.pipe, "transformer") else bench.pipe.unet
+    untouched_work = _linear_work(bench, contextlib.nullcontext())
+    for label, make in _configs(bench):
+        yield _candidate(
+            bench,
+            label,
+            lambda make=make: denoiser.enable_cache(make()),  # type: ignore[misc]
+            denoiser.disable_cache,
+            untouched_work,
+        )
+    if importlib.util.find_spec("cache_dit") is None or not hasattr(bench.pipe, "transformer"):
+        return
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
+    import cache_dit
 
+    for label, settings in _cache_dit(bench.plan.steps):
+        yield _candidate(
+            bench,
+            f"{label} of cache-dit",
+            lambda settings=settings: cache_dit.enable_cache(bench.pipe, **settings()),  # type: ignore[misc]
+            lambda: cache_dit.disable_cache(bench.pipe),
+            untouched_work,
+        )
+
+
+def _candidate(
+    bench: Bench,
+    label: str,
+    enable: Callable[[], Any],
+    disable: Callable[[], Any],
+    untouched_work: int,
+) -> Candidate:
     @contextlib.contextmanager
     def switch() -> Iterator[None]:
-        denoiser.enable_cache(make())
+        enable()
         try:
             yield
         finally:
-            denoiser.disable_cache()
+            disable()
 
     def share() -> float:
-        denoiser.disable_cache()
+        disable()
         try:
             return _linear_work(bench, switch()) / untouched_work
         finally:
-            denoiser.enable_cache(make())
+            enable()
 
     return Candidate(label, "peer", switch, share)
+
+
+def _cache_dit(steps: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """DBCache from strict to loose, and its masks of steps; held and by TaylorSeer.
+
+    One block decides (F1B0), as it is fastest; the authors' default, eight blocks, comes last.
+    """
+    from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig, steps_mask
+
+    def settings(taylor: bool, **config: Any) -> dict[str, Any]:
+        return {
+            "cache_config": DBCacheConfig(num_inference_steps=steps, **config),
+            "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None,
+        }
+
+    for taylor in (False, True):
+        end = ", TaylorSeer" if taylor else ""
+        for threshold in (0.08, 0.16, 0.3, 0.5):
+            yield (
+                f"DBCache(F1, threshold={threshold}{end})",
+                lambda taylor=taylor, threshold=threshold: settings(  # type: ignore[misc]
+                    taylor,
+                    Fn_compute_blocks=1,
+                    max_warmup_steps=4,
+                    residual_diff_threshold=threshold,
+                ),
+            )
+        for mask in ("medium", "fast", "ultra"):
+            yield (
+                f"DBCache(F1, mask={mask}{end})",
+                lambda taylor=taylor, mask=mask: settings(  # type: ignore[misc]
+                    taylor,
+                    Fn_compute_blocks=1,
+                    steps_computation_mask=steps_mask(mask_policy=mask, total_steps=steps),
+                    steps_computation_policy="static",
+                ),
+            )
+    yield "DBCache()", lambda: settings(False)
 
 
 def _linear_work(bench: Bench, switched: contextlib.AbstractContextManager[None]) -> int:

@@ -17,25 +17,29 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def table(result: dict[str, Any]) -> str:
-    """The Pareto front of ours and of the others above 24 dB, in Markdown; failing rows below."""
+    """The Pareto fronts of ours and of the others above 24 dB, in Markdown; failing rows below."""
     plan, machine, versions = result["plan"], result["machine"], result["versions"]
     rows = [row for row in result["rows"] if "failed" not in row]
     bright = [row for row in rows if row["psnr"]["median"] >= 24]
     good = [row for kind in ("accel", "peer") for row in front_of(bright, kind)]
+    others = f", cache-dit {versions['cache-dit']}" if "cache-dit" in versions else ""
     lines = [
         f"`{plan['model']}`, {plan['steps']} steps, {result['prompts']} held-out prompts, "
         f"{machine['device']} with {machine['threads']} threads, torch {versions['torch']}, "
-        f"diffusers {versions['diffusers']}. The settings that no other one of ours, or of "
-        "diffusers' own, beats in both speed and PSNR, fastest first:",
+        f"diffusers {versions['diffusers']}{others}. The settings that no other one of ours, or of "
+        "the other libraries', beats in both speed and PSNR, fastest first:",
         "",
-        "| | speed-up (spread) | computed | PSNR, dB (worst decile) | SSIM | feature distance |",
+        f"| | speed-up{' (spread)' if plan['repeats'] > 1 else ''} | computed "
+        "| PSNR, dB (worst decile) | SSIM | feature distance |",
         "|---|---|---|---|---|---|",
     ]
     for row in sorted(good, key=lambda row: -row["speedup"]):
         low, high = row["speedup_spread"]
-        name = row["name"] if row["kind"] == "accel" else f"diffusers {row['name']}"
+        own = row["kind"] == "accel" or row["name"].endswith(" of cache-dit")
+        name = row["name"] if own else f"{row['name']} of diffusers"
+        spread = f" ({low:.2f}–{high:.2f})" if plan["repeats"] > 1 else ""
         lines.append(
-            f"| {name} | {row['speedup']:.2f}× ({low:.2f}–{high:.2f}) | "
+            f"| {name} | {row['speedup']:.2f}×{spread} | "
             f"{row['share_computed']:.0%} | {row['psnr']['median']:.1f} "
             f"({row['psnr']['worst_decile']:.1f}) | {row['ssim_gaussian11']['median']:.3f} | "
             f"{row['feature_distance']['median']:.3f} |"

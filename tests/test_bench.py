@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_pipelines import TINY
 
-from accel import AccelError, bench, model_zoo
+from accel import AccelError, bench, model_zoo, peers
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,16 @@ def test_peers_are_measured_or_reported_as_failing(tiny_zoo, tmp_path) -> None:
     working = [row for row in peers.values() if "failed" not in row]
     assert working
     assert all(0 < row["share_computed"] < 1 for row in working)
+
+
+def test_cache_dit_is_a_peer_where_it_is_installed(tiny_zoo) -> None:
+    pytest.importorskip("cache_dit")
+    running = bench.Bench(plan(), lambda _: None)
+    theirs = {each.label: each for each in peers.candidates(running)}
+    assert sum(name.endswith(" of cache-dit") for name in theirs) == 15
+    row = running.measure(theirs["DBCache(F1, mask=fast) of cache-dit"])
+    assert 0 < row["share_computed"] < 1, row
+    assert (running.make(0)[0] == running.untouched[0]).all(), "it was not switched off whole"
 
 
 def test_wrong_plans_are_named(tiny_zoo, tmp_path) -> None:
