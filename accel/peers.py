@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 def candidates(bench: Bench) -> Iterator[Candidate]:
     """Every cache of diffusers at several settings, and cache-dit's where it is installed."""
     denoiser = bench.pipe.transformer if hasattr(bench.pipe, "transformer") else bench.pipe.unet
+    calls: list[None] = []
+    counting = denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
     untouched_work = _linear_work(bench, contextlib.nullcontext())
+    counting.remove()
     for label, make in _configs(bench):
         yield _candidate(
             bench,
@@ -34,7 +37,7 @@ def candidates(bench: Bench) -> Iterator[Candidate]:
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
     import cache_dit
 
-    for label, settings in _cache_dit(bench.plan.steps):
+    for label, settings in _cache_dit(bench.plan.steps, two_calls=len(calls) > bench.plan.steps):
         yield _candidate(
             bench,
             f"{label} of cache-dit",
@@ -69,16 +72,19 @@ def _candidate(
     return Candidate(label, "peer", switch, share)
 
 
-def _cache_dit(steps: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def _cache_dit(steps: int, two_calls: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """DBCache from strict to loose, and its masks of steps; held and by TaylorSeer.
 
     One block decides (F1B0), as it is fastest; the authors' default, eight blocks, comes last.
+    Where guidance calls the denoiser twice a step, it has to be told.
     """
     from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig, steps_mask
 
     def settings(taylor: bool, **config: Any) -> dict[str, Any]:
         return {
-            "cache_config": DBCacheConfig(num_inference_steps=steps, **config),
+            "cache_config": DBCacheConfig(
+                num_inference_steps=steps, enable_separate_cfg=two_calls, **config
+            ),
             "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None,
         }
 
