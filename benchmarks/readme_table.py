@@ -22,12 +22,14 @@ def table(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if "failed" not in row]
     bright = [row for row in rows if row["psnr"]["median"] >= 24]
     good = [row for kind in ("accel", "peer") for row in front_of(bright, kind)]
-    others = f", cache-dit {versions['cache-dit']}" if "cache-dit" in versions else ""
+    others, theirs = "", "diffusers' own"
+    if "cache-dit" in versions:
+        others, theirs = f", cache-dit {versions['cache-dit']}", "the other libraries'"
     lines = [
         f"`{plan['model']}`, {plan['steps']} steps, {result['prompts']} held-out prompts, "
         f"{machine['device']} with {machine['threads']} threads, torch {versions['torch']}, "
         f"diffusers {versions['diffusers']}{others}. The settings that no other one of ours, or of "
-        "the other libraries', beats in both speed and PSNR, fastest first:",
+        f"{theirs}, beats in both speed and PSNR, fastest first:",
         "",
         f"| | speed-up{' (spread)' if plan['repeats'] > 1 else ''} | computed "
         "| PSNR, dB (worst decile) | SSIM | feature distance |",

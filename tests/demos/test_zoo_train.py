@@ -1,6 +1,10 @@
 """The shared training loop: it learns, averages, resumes, and Muon orthogonalises."""
 
+import copy
+
+import pytest
 import torch
+from tiny_pipelines import TINY
 
 from demos.zoo import train
 
@@ -43,3 +47,37 @@ def test_newton_schulz_makes_singular_values_near_one() -> None:
         values = torch.linalg.svdvals(train.orthogonal(torch.randn(shape)))
         assert values.min() > 0.4
         assert values.max() < 1.4
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_low_noise_is_trained_too(shift) -> None:
+    levels = train.noise_levels(4000, shift, torch.Generator().manual_seed(0))
+    assert levels.min() > 0
+    assert levels.max() < 1
+    assert (levels < 0.25).float().mean() > 0.23
+    assert (levels > 0.5).float().mean() > 0.35
+    again = train.noise_levels(4000, shift, torch.Generator().manual_seed(0))
+    assert torch.equal(levels, again)
+
+
+def test_an_exported_model_goes_on(tmp_path, monkeypatch) -> None:
+    """Its weights, its curve and its autoencoder, but weights of another shape stay."""
+    monkeypatch.setattr(train, "CHECKPOINTS", tmp_path / "checkpoints")
+    shipped, folder = TINY["wan21"]().pipe, tmp_path / "model"
+    shipped.save_pretrained(folder)
+    (folder / "loss.csv").write_text("step,minutes,loss\n50,1.0,2.0\n100,2.0,1.5\n")
+    model = torch.nn.Module()
+    model.transformer = copy.deepcopy(shipped.transformer)
+    for weight in model.transformer.parameters():
+        weight.data.zero_()
+    model.transformer.proj_out = torch.nn.Linear(3, 2)
+    own = model.transformer.proj_out.weight.clone()
+    train.start_from(model, folder, "toy", "toy-vae")
+    known = shipped.transformer.state_dict()
+    for key, weight in model.transformer.state_dict().items():
+        if not key.startswith("proj_out"):
+            assert torch.equal(weight, known[key])
+    assert torch.equal(model.transformer.proj_out.weight, own)
+    kept = torch.load(train.CHECKPOINTS / "toy-vae.pt", weights_only=True)["averaged"]
+    assert kept.keys() == shipped.vae.state_dict().keys()
+    assert train._steps(train.CHECKPOINTS / "toy.csv") == 100
