@@ -255,8 +255,9 @@ def run(
 
 
 def _versioned(plan: Plan) -> list[str]:
-    peer = plan.peers and importlib.util.find_spec("cache_dit") is not None
-    return ["torch", "diffusers", *(["cache-dit"] if peer else [])]
+    others = {"cache_dit": "cache-dit", "para_attn": "para-attn"} if plan.peers else {}
+    found = [name for module, name in others.items() if importlib.util.find_spec(module)]
+    return ["torch", "diffusers", *found]
 
 
 def _measure_into(

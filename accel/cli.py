@@ -130,7 +130,8 @@ def bench(
     steps: Steps = 50,
     repeats: Annotated[int, typer.Option(min=1, help="timing pairs")] = 5,
     peers: Annotated[
-        bool, typer.Option("--peers", help="also diffusers' caches and cache-dit")
+        bool,
+        typer.Option("--peers", help="also diffusers', cache-dit's and ParaAttention's caches"),
     ] = False,
     output_format: Output = Format.human,
 ) -> None:

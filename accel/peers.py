@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def candidates(bench: Bench) -> Iterator[Candidate]:
-    """Every cache of diffusers at several settings, and cache-dit's where it is installed."""
+    """Caches of diffusers at several settings; of cache-dit and ParaAttention if installed."""
     denoiser = bench.pipe.transformer if hasattr(bench.pipe, "transformer") else bench.pipe.unet
     calls: list[None] = []
     counting = denoiser.register_forward_pre_hook(lambda *_: calls.append(None))
@@ -32,19 +32,11 @@ def candidates(bench: Bench) -> Iterator[Candidate]:
             denoiser.disable_cache,
             untouched_work,
         )
-    if importlib.util.find_spec("cache_dit") is None or not hasattr(bench.pipe, "transformer"):
+    if not hasattr(bench.pipe, "transformer"):
         return
-    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
-    import cache_dit
-
-    for label, settings in _cache_dit(bench.plan.steps, two_calls=len(calls) > bench.plan.steps):
-        yield _candidate(
-            bench,
-            f"{label} of cache-dit",
-            lambda settings=settings: cache_dit.enable_cache(bench.pipe, **settings()),  # type: ignore[misc]
-            lambda: cache_dit.disable_cache(bench.pipe),
-            untouched_work,
-        )
+    two_calls = len(calls) > bench.plan.steps
+    for label, enable, disable in _libraries(bench, two_calls):
+        yield _candidate(bench, label, enable, disable, untouched_work)
 
 
 def _candidate(
@@ -72,45 +64,88 @@ def _candidate(
     return Candidate(label, "peer", switch, share)
 
 
-def _cache_dit(steps: int, two_calls: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+Switch = tuple[str, Callable[[], Any], Callable[[], Any]]
+"""A label, what switches a cache on, and what switches it off."""
+
+
+def _libraries(bench: Bench, two_calls: bool) -> Iterator[Switch]:
+    if importlib.util.find_spec("cache_dit") is not None:
+        yield from _cache_dit(bench.pipe, bench.plan.steps, two_calls)
+    if importlib.util.find_spec("para_attn") is not None:
+        yield from _para_attention(bench.pipe, two_calls)
+
+
+def _cache_dit(pipe: Any, steps: int, two_calls: bool) -> Iterator[Switch]:
     """DBCache from strict to loose, and its masks of steps; held and by TaylorSeer.
 
     One block decides (F1B0), as it is fastest; the authors' default, eight blocks, comes last.
     Where guidance calls the denoiser twice a step, it has to be told.
     """
-    from cache_dit import DBCacheConfig, TaylorSeerCalibratorConfig, steps_mask
+    os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # read when it is imported
+    import cache_dit
 
-    def settings(taylor: bool, **config: Any) -> dict[str, Any]:
-        return {
-            "cache_config": DBCacheConfig(
-                num_inference_steps=steps, enable_separate_cfg=two_calls, **config
-            ),
-            "calibrator_config": TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None,
-        }
+    def switch(label: str, taylor: bool, **config: Any) -> Switch:
+        def enable() -> None:
+            order = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+            cache_dit.enable_cache(
+                pipe,
+                cache_config=cache_dit.DBCacheConfig(
+                    num_inference_steps=steps, enable_separate_cfg=two_calls, **config
+                ),
+                calibrator_config=order,
+            )
+
+        return f"DBCache({label}) of cache-dit", enable, lambda: cache_dit.disable_cache(pipe)
 
     for taylor in (False, True):
         end = ", TaylorSeer" if taylor else ""
         for threshold in (0.08, 0.16, 0.3, 0.5):
-            yield (
-                f"DBCache(F1, threshold={threshold}{end})",
-                lambda taylor=taylor, threshold=threshold: settings(  # type: ignore[misc]
-                    taylor,
-                    Fn_compute_blocks=1,
-                    max_warmup_steps=4,
-                    residual_diff_threshold=threshold,
-                ),
+            yield switch(
+                f"F1, threshold={threshold}{end}",
+                taylor,
+                Fn_compute_blocks=1,
+                max_warmup_steps=4,
+                residual_diff_threshold=threshold,
             )
         for mask in ("medium", "fast", "ultra"):
-            yield (
-                f"DBCache(F1, mask={mask}{end})",
-                lambda taylor=taylor, mask=mask: settings(  # type: ignore[misc]
-                    taylor,
-                    Fn_compute_blocks=1,
-                    steps_computation_mask=steps_mask(mask_policy=mask, total_steps=steps),
-                    steps_computation_policy="static",
-                ),
+            yield switch(
+                f"F1, mask={mask}{end}",
+                taylor,
+                Fn_compute_blocks=1,
+                steps_computation_mask=cache_dit.steps_mask(mask_policy=mask, total_steps=steps),
+                steps_computation_policy="static",
             )
-    yield "DBCache()", lambda: settings(False)
+    yield switch("", False)
+
+
+def _para_attention(pipe: Any, two_calls: bool) -> Iterator[Switch]:
+    """First-block cache, held and by TaylorSeer.
+
+    It replaces the call of the pipeline's class and has no way back; both are put back here.
+    """
+    from para_attn.first_block_cache.diffusers_adapters import apply_cache_on_pipe
+
+    kind, denoiser, call = type(pipe), pipe.transformer, type(pipe).__call__
+
+    def disable() -> None:
+        kind.__call__ = call
+        for owner, name in ((kind, "_is_cached"), (denoiser, "_is_cached"), (denoiser, "forward")):
+            if name in vars(owner):
+                delattr(owner, name)
+
+    for taylor in (False, True):
+        end = ", TaylorSeer" if taylor else ""
+        for threshold in (0.05, 0.1, 0.2, 0.4):
+            yield (
+                f"FBCache(threshold={threshold}{end}) of ParaAttention",
+                lambda taylor=taylor, threshold=threshold: apply_cache_on_pipe(  # type: ignore[misc]
+                    pipe,
+                    residual_diff_threshold=threshold,
+                    enable_alter_cache=two_calls,
+                    enable_taylorseer=taylor,
+                ),
+                disable,
+            )
 
 
 def _linear_work(bench: Bench, switched: contextlib.AbstractContextManager[None]) -> int:

@@ -86,14 +86,23 @@ def test_peers_are_measured_or_reported_as_failing(tiny_zoo, tmp_path) -> None:
     assert all(0 < row["share_computed"] < 1 for row in working)
 
 
-def test_cache_dit_is_a_peer_where_it_is_installed(tiny_zoo) -> None:
-    pytest.importorskip("cache_dit")
+@pytest.mark.parametrize(
+    ("module", "end", "count", "label"),
+    [
+        ("cache_dit", " of cache-dit", 15, "DBCache(F1, mask=fast)"),
+        ("para_attn", " of ParaAttention", 8, "FBCache(threshold=0.4)"),
+    ],
+)
+def test_other_libraries_are_peers_where_installed(tiny_zoo, module, end, count, label) -> None:
+    pytest.importorskip(module)
     running = bench.Bench(plan(), lambda _: None)
+    kind, before = type(running.pipe), dict(vars(type(running.pipe)))
     theirs = {each.label: each for each in peers.candidates(running)}
-    assert sum(name.endswith(" of cache-dit") for name in theirs) == 15
-    row = running.measure(theirs["DBCache(F1, mask=fast) of cache-dit"])
+    assert sum(name.endswith(end) for name in theirs) == count
+    row = running.measure(theirs[label + end])
     assert 0 < row["share_computed"] < 1, row
     assert (running.make(0)[0] == running.untouched[0]).all(), "it was not switched off whole"
+    assert dict(vars(kind)) == before
 
 
 def test_wrong_plans_are_named(tiny_zoo, tmp_path) -> None:
