@@ -69,7 +69,7 @@ def plot(rows: list[dict[str, Any]], output: Path) -> None:
             [row["speedup"] for row in chosen],
             [row["psnr"]["median"] for row in chosen],
             marker=mark,
-            label={"accel": "accel", "peer": "diffusers' own caches, cache-dit"}[kind],
+            label={"accel": "accel", "peer": "diffusers, cache-dit, ParaAttention"}[kind],
         )
     best = front(rows)
     axes.plot([r["speedup"] for r in best], [r["psnr"]["median"] for r in best], linewidth=0.7)

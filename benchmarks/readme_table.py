@@ -22,9 +22,9 @@ def table(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if "failed" not in row]
     bright = [row for row in rows if row["psnr"]["median"] >= 24]
     good = [row for kind in ("accel", "peer") for row in front_of(bright, kind)]
-    others, theirs = "", "diffusers' own"
-    if "cache-dit" in versions:
-        others, theirs = f", cache-dit {versions['cache-dit']}", "the other libraries'"
+    named = [f"{name} {versions[name]}" for name in ("cache-dit", "para-attn") if name in versions]
+    others = "".join(f", {each}" for each in named)
+    theirs = "the other libraries'" if named else "diffusers' own"
     lines = [
         f"`{plan['model']}`, {plan['steps']} steps, {result['prompts']} held-out prompts, "
         f"{machine['device']} with {machine['threads']} threads, torch {versions['torch']}, "
@@ -37,8 +37,8 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in sorted(good, key=lambda row: -row["speedup"]):
         low, high = row["speedup_spread"]
-        own = row["kind"] == "accel" or row["name"].endswith(" of cache-dit")
-        name = row["name"] if own else f"{row['name']} of diffusers"
+        whose = row["kind"] == "accel" or " of " in row["name"]
+        name = row["name"] if whose else f"{row['name']} of diffusers"
         spread = f" ({low:.2f}–{high:.2f})" if plan["repeats"] > 1 else ""
         lines.append(
             f"| {name} | {row['speedup']:.2f}×{spread} | "

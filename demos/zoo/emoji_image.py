@@ -29,7 +29,7 @@ CALL = {
     "height": SIZE,
     "width": SIZE,
     "num_inference_steps": 50,
-    "true_cfg_scale": 3.0,
+    "true_cfg_scale": 4.0,
     "max_sequence_length": TEXT_LENGTH,
 }
 

@@ -225,16 +225,32 @@ def shipped(request) -> tuple[Any, dict[str, Any], str]:
     return pipe, call, "true_cfg_scale" if "true_cfg_scale" in call else "guidance_scale"
 
 
+def steps_along(pipe: Any, call: dict[str, Any], path: torch.Tensor | None = None) -> torch.Tensor:
+    """The latents after every step; each step begins where `path` has come to, if it is given."""
+    seen = []
+
+    def note(_: Any, index: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        seen.append(values["latents"].clone())
+        return values if path is None else {"latents": path[index]}
+
+    latents(pipe, call | {"callback_on_step_end": note})
+    return torch.stack(seen)
+
+
 def test_shipped_adapters_guide_in_one_branch(shipped) -> None:
     pipe, call, scale = shipped
-    guided, plain = latents(pipe, call), latents(pipe, call | {scale: 1.0})
+    guided = steps_along(pipe, call)
+    plain = steps_along(pipe, call | {scale: 1.0}, guided)
     with accel.patched(pipe, accel.AGD()) as handle:
-        found = latents(pipe, call)
+        found = steps_along(pipe, call, guided)
         assert handle.report().share_computed == 0.5
-        far = [(latents(pipe, call | {scale: s}) - plain).norm() for s in (1.5, 3.0, 6.0, 8.0)]
+        far = [
+            (steps_along(pipe, call | {scale: s}, guided) - plain).norm()
+            for s in (1.5, 3.0, 6.0, 8.0)
+        ]
     assert (found - guided).norm() < 0.65 * (plain - guided).norm()
     assert far[0] < far[1] < far[2] < far[3]
-    assert torch.equal(latents(pipe, call), guided)
+    assert torch.equal(steps_along(pipe, call), guided)
 
 
 def test_shipped_adapters_work_with_a_lora() -> None:
