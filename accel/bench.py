@@ -16,7 +16,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ import torch
 import accel
 from accel import generate, metrics, model_zoo, registry
 from accel.method import AccelError
+from accel.recipe import Recipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,6 +51,8 @@ class Plan:
     steps: int = 50
     repeats: int = 5
     peers: bool = False
+    recipe: Path | None = None
+    """A recipe whose front is measured beside the methods."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Bench:
 
     def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
         self.plan, self.say = plan, say
+        self.front = _front(plan.recipe) if plan.recipe else ()
         self.prompts = _prompts(plan)
         job = generate.Job(model=plan.model, prompt=self.prompts[0], steps=plan.steps)
         self.pipe, self.call, _ = generate.load(job)
@@ -151,16 +155,21 @@ class Bench:
                     yield self._ours(settings)
                 except AccelError as error:
                     self.say(f"{' + '.join(map(_label, settings))}: {error}")
+        for number, choice in enumerate(self.front):
+            yield self._row(f"calibrated {number}: {choice.label}", choice.methods)
 
     def _ours(self, settings: tuple[Any, ...]) -> Candidate:
         call = self.call | {"prompt": self.measuring_prompt}
         settled, _ = generate.settle(self.pipe, settings, lambda: generate.make(self.pipe, call, 0))
+        return self._row(" + ".join(map(_label, settings)), settled)
+
+    def _row(self, label: str, methods: Sequence[Any]) -> Candidate:
         return Candidate(
-            " + ".join(map(_label, settings)),
+            label,
             "accel",
-            switch=lambda: accel.patched(self.pipe, *settled),
+            switch=lambda: accel.patched(self.pipe, *methods),
             share=lambda: accel.stats(self.pipe).share_computed,
-            skips=any(method.slot not in NOTHING_SKIPPED for method in settings),
+            skips=any(method.slot not in NOTHING_SKIPPED for method in methods),
         )
 
     def overhead(self) -> dict[str, float]:
@@ -228,6 +237,7 @@ def run(
         "plan": {
             **dataclasses.asdict(plan),
             "prompts": str(plan.prompts) if plan.prompts else None,
+            "recipe": str(plan.recipe) if plan.recipe else None,
         },
         "prompts": len(bench.prompts),
         "machine": {
@@ -252,6 +262,13 @@ def run(
         for candidate in peers(bench):
             _measure_into(bench, candidate, result, output, say)
     return result
+
+
+def _front(file: Path) -> tuple[Any, ...]:
+    front = Recipe.load(file).front
+    if not front:
+        raise AccelError(f"{file} has no front; `accel calibrate` writes recipes that have one")
+    return front
 
 
 def _versioned(plan: Plan) -> list[str]:

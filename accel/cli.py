@@ -133,6 +133,9 @@ def bench(
         bool,
         typer.Option("--peers", help="also diffusers', cache-dit's and ParaAttention's caches"),
     ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="also the points of a calibrated recipe's front")
+    ] = None,
     output_format: Output = Format.human,
 ) -> None:
     """Measure speed-up and quality of methods against the untouched pipeline."""
@@ -146,6 +149,7 @@ def bench(
         steps=steps or 50,
         repeats=repeats,
         peers=peers,
+        recipe=recipe,
     )
     result = measuring.run(plan, output, command=" ".join(["accel", *sys.argv[1:]]), say=_say)
     print(json.dumps(result) if output_format is Format.json else measuring.table(result))

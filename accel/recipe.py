@@ -50,6 +50,11 @@ class Choice(BaseModel):
         """The settings objects."""
         return _methods(self.entries)
 
+    @property
+    def label(self) -> str:
+        """The names of its methods."""
+        return " + ".join(entry.name for entry in self.entries)
+
 
 class Validity(BaseModel):
     """Where a recipe holds; what is left at its default is not checked.

@@ -56,8 +56,7 @@ def candidates(pipe: Any, call: dict[str, Any], name: str, recipe: Recipe) -> di
     train = model_zoo.prompts(name, "train").read_text().splitlines()[0]
     found: dict[str, Any] = {}
     for number, choice in enumerate(recipe.front):
-        names = " + ".join(type(method).__name__ for method in choice.methods)
-        found[f"calibrated {number}: {names}"] = choice.methods
+        found[f"calibrated {number}: {choice.label}"] = choice.methods
     for single in SINGLES:
         measure = call | {"prompt": train}
         settled, _ = generate.settle(pipe, (single,), lambda m=measure: generate.make(pipe, m, 0))

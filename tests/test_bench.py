@@ -5,7 +5,8 @@ import json
 import pytest
 from tiny_pipelines import TINY
 
-from accel import AccelError, bench, model_zoo, peers
+from accel import AccelError, PlainCycle, bench, model_zoo, peers
+from accel.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,21 @@ def test_two_methods_are_measured_together(tiny_zoo, tmp_path) -> None:
     assert all(share <= 0.51 for share in shares)
 
 
+def test_the_front_of_a_recipe_is_measured_too(tiny_zoo, tmp_path) -> None:
+    mild, strong = (Recipe.of((PlainCycle(interval=k),)).entries for k in (2, 3))
+    front = (
+        {"entries": strong, "speedup": 2.0, "psnr": 20.0},
+        {"entries": mild, "speedup": 1.5, "psnr": 30.0},
+    )
+    file = tmp_path / "recipe.json"
+    Recipe(entries=mild, front=front).save(file)
+    wanted = plan(methods="plaincycle", recipe=file)
+    rows = {row["name"]: row for row in bench.run(wanted, tmp_path / "b.json", command="")["rows"]}
+    assert rows["calibrated 0: PlainCycle"]["share_computed"] == pytest.approx(1 / 3)
+    one, same = rows["calibrated 1: PlainCycle"], rows["PlainCycle(interval=2)"]
+    assert one["psnr"] == same["psnr"] and one["share_computed"] == same["share_computed"]
+
+
 def test_peers_are_measured_or_reported_as_failing(tiny_zoo, tmp_path) -> None:
     result = bench.run(plan(methods="plaincycle", peers=True), tmp_path / "b.json", command="")
     peers = {row["name"]: row for row in result["rows"] if row["kind"] == "peer"}
@@ -110,6 +126,9 @@ def test_wrong_plans_are_named(tiny_zoo, tmp_path) -> None:
         bench.run(plan(methods="none"), tmp_path / "b.json", command="")
     with pytest.raises(AccelError, match="cannot be read"):
         bench.Bench(plan(prompts=tmp_path / "none.txt"), lambda _: None)
+    Recipe.of((PlainCycle(),)).save(tmp_path / "recipe.json")
+    with pytest.raises(AccelError, match="has no front"):
+        bench.Bench(plan(recipe=tmp_path / "recipe.json"), lambda _: None)
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(AccelError, match="no prompt in it"):
         bench.Bench(plan(prompts=tmp_path / "empty.txt"), lambda _: None)
