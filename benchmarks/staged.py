@@ -155,7 +155,7 @@ def judged(model: str, captions: list[str], rows: dict[str, dict[str, Any]]) -> 
     for name, row in rows.items():
         clips = torch.stack(row["clips"])
         ratios = [a / b for a, b in zip(rows["untouched"]["seconds"], row["seconds"], strict=True)]
-        certain = judge.scores(judging._features(clips)).unflatten(0, (-1, len(captions)))
+        certain = judge.scores(judging.clip_features(clips)).unflatten(0, (-1, len(captions)))
         certain = certain[:, torch.arange(len(captions)), labels].mean(0)
         first = certain if first is None else first
         steps, methods = ROWS[model][name]

@@ -4,8 +4,8 @@
 
 Untouched runs of held-out captions, recorded by `accel.profile`: how the residual's norm changes
 from step to step, how much each block's output does, and how alike the guidance branches predict.
-Besides, what is not seen in a run: how well the autoencoder reconstructs, and how far results of
-other seeds lie apart.
+Besides, what is not seen in a run: what the autoencoder makes of real renders, and how far results
+of other seeds lie apart.
 """
 
 from __future__ import annotations
@@ -72,17 +72,33 @@ def verdicts(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def reconstruction(pipe: Any, clips: Tensor) -> list[float]:
-    """PSNR of each clip, (n, frames, 3, h, w) in [0, 1], after encoding and decoding."""
+def reconstructed(pipe: Any, clips: Tensor) -> Tensor:
+    """Clips, (n, frames, 3, h, w) in [0, 1], after encoding and decoding."""
     found = []
     for clip in clips:
         pixels = clip * 2 - 1
         pixels = pixels.transpose(0, 1)[None] if len(clip) > 1 else pixels
         with torch.no_grad():
             latent = pipe.vae.encode(pixels).latent_dist.mode()
-            decoded = pipe.vae.decode(latent).sample.clamp(-1, 1)
-        found.append(metrics.psnr((decoded + 1) / 2, (pixels + 1) / 2))
-    return found
+            decoded = (pipe.vae.decode(latent).sample.clamp(-1, 1) + 1) / 2
+        found.append(decoded[0].transpose(0, 1) if len(clip) > 1 else decoded)
+    return torch.stack(found)
+
+
+def autoencoder(pipe: Any, captions: list[str], size: int, frames: int) -> dict[str, float]:
+    """What it makes of real renders: PSNR, and KID beside that of the renders themselves.
+
+    No denoiser can be expected to come below that KID.
+    """
+    real = evaluate.real_clips(captions, size, frames, seed=17)
+    known = evaluate.reference_features(size, frames)
+    made = reconstructed(pipe, real)
+    values = [metrics.psnr(one, two) for one, two in zip(made, real, strict=True)]
+    return {
+        "reconstruction_psnr": float(np.median(values)),
+        "reconstruction_kid": metrics.kid(known, evaluate.clip_features(made)),
+        "real_kid": metrics.kid(known, evaluate.clip_features(real)),
+    }
 
 
 def apart(clips: Tensor) -> float:
@@ -99,7 +115,6 @@ def measured(name: str, count: int, varied: int) -> dict[str, Any]:
     captions = model_zoo.prompts(name, "heldout").read_text().splitlines()
     found = curves(accel.profile(pipe, captions[:count], call=call))
     size, frames = call["height"], call.get("num_frames", 1)
-    real = evaluate.real_clips(captions[:64], size, frames, seed=17)
     several = [caption for caption in captions[:varied] for _ in range(SEEDS)]
     shape = (varied, SEEDS)
     made = evaluate.generated_clips(pipe, call, several).unflatten(0, shape)
@@ -107,7 +122,7 @@ def measured(name: str, count: int, varied: int) -> dict[str, Any]:
     return {
         **found,
         "verdicts": verdicts(found),
-        "reconstruction_psnr": float(np.median(reconstruction(pipe, real))),
+        **autoencoder(pipe, captions[:64], size, frames),
         "seeds_apart": apart(made),
         "real_apart": apart(drawn),
     }

@@ -146,10 +146,10 @@ def reference_features(size: int, frames: int) -> Tensor:
     entries = data.combinations(video=frames > 1, held=False)
     order = torch.randperm(len(entries), generator=Generator().manual_seed(13))[:REFERENCE]
     captions = [data.caption(*entries[int(index)]) for index in order]
-    return _features(real_clips(captions, size, frames, seed=14))
+    return clip_features(real_clips(captions, size, frames, seed=14))
 
 
-def _features(clips: Tensor) -> Tensor:
+def clip_features(clips: Tensor) -> Tensor:
     """lite0 features of the first, middle and last frame of clips (n, frames, 3, h, w)."""
     return torch.cat([metrics.lite0_features(clips[:, frame]) for frame in _frames(clips)])
 
@@ -193,7 +193,7 @@ def _unit_views(caption: str, views: int, size: int, frames: int) -> Tensor:
 
 def _unit_features(clips: Tensor) -> Tensor:
     """Features of unit length by judged frame: (frames, n, 1280)."""
-    features = _features(clips).unflatten(0, (len(_frames(clips)), -1))
+    features = clip_features(clips).unflatten(0, (len(_frames(clips)), -1))
     return torch.nn.functional.normalize(features, dim=-1)
 
 
@@ -210,7 +210,7 @@ def paired_difference(worse: Tensor, better: Tensor) -> dict[str, float]:
 def scores(clips: Tensor, captions: list[str], judge: CaptionClassifier, real: Tensor) -> dict:
     """All formula scores of clips (n, frames, 3, h, w) for their captions."""
     parsed = [data.parse(caption) for caption in captions]
-    features = _features(clips)
+    features = clip_features(clips)
     per_frame = judge.scores(features).unflatten(0, (len(_frames(clips)), -1))
     guesses = per_frame.mean(0).argmax(1)
     names = [data.NAMES[int(guess)] for guess in guesses]

@@ -111,6 +111,7 @@ def besides(dynamics: dict[str, Any]) -> str:
         [
             name,
             f"{found['reconstruction_psnr']:.1f} dB",
+            f"{found['reconstruction_kid']:.3f} ({found['real_kid']:.3f})",
             f"{found['seeds_apart']:.1f}",
             f"{found['real_apart']:.1f}",
         ]
@@ -119,6 +120,7 @@ def besides(dynamics: dict[str, Any]) -> str:
     head = [
         "",
         "autoencoder's PSNR",
+        "its KID (that of real renders)",
         "features apart, by seed",
         "real renders of one caption apart",
     ]

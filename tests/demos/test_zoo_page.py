@@ -52,7 +52,7 @@ def test_verdicts_tell_a_u_and_a_rise() -> None:
     assert seen["cosine_rank_correlation"] == pytest.approx(1)
 
 
-def test_an_autoencoder_that_gives_back_what_it_got_has_no_error() -> None:
+def test_an_autoencoder_that_gives_back_what_it_got_brighter() -> None:
     class Plain:
         def encode(self, pixels: torch.Tensor) -> "Plain":
             self.latent_dist, self.kept = self, pixels
@@ -69,5 +69,5 @@ def test_an_autoencoder_that_gives_back_what_it_got_has_no_error() -> None:
         vae = Plain()
 
     clips = torch.rand(2, 5, 3, 8, 8) * 0.9
-    assert dynamics.reconstruction(Pipe(), clips) == pytest.approx([40.0, 40.0], abs=0.05)
+    assert torch.allclose(dynamics.reconstructed(Pipe(), clips), clips + 0.01, atol=1e-6)
     assert dynamics.apart(clips[:, None].expand(2, 3, 5, 3, 8, 8)) == pytest.approx(0, abs=1e-3)
