@@ -92,3 +92,10 @@ def test_rendering_is_deterministic() -> None:
     assert torch.equal(once(), once())
     assert once().shape == (2, 3, 5, 32, 32)
     assert once().abs().max() <= 1
+
+
+def test_blur_lowers_contrast() -> None:
+    clips = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(clips.flatten(0, 1), 3, 1, 1).unflatten(0, (2, 3))
+    assert (evaluate.contrast(blurred) < 0.5 * evaluate.contrast(clips)).all()
+    assert evaluate.contrast(torch.ones(2, 1, 3, 8, 8)).tolist() == [0, 0]
