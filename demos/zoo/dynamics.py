@@ -88,7 +88,7 @@ def reconstructed(pipe: Any, clips: Tensor) -> Tensor:
 def autoencoder(pipe: Any, captions: list[str], size: int, frames: int) -> dict[str, float]:
     """What it makes of real renders: PSNR, and KID beside that of the renders themselves.
 
-    No denoiser can be expected to come below that KID.
+    That KID is about what a perfect denoiser would have.
     """
     real = evaluate.real_clips(captions, size, frames, seed=17)
     known = evaluate.reference_features(size, frames)

@@ -74,15 +74,19 @@ def interrupted_run(tiny: Any, **changes: Any) -> None:
 
 @pairs
 def test_active_setting_reuses_and_leaves_nothing_behind(name, tiny, baseline) -> None:
-    """Nothing in the next run, be it after an interruption, of another length or another size."""
+    """Nothing in the next run, be it after an interruption or of another length and size."""
     before, family = snapshot(tiny.pipe), family_of(tiny)
+    other: dict[str, Any] = {"num_inference_steps": 6}
+    if "height" in tiny.call:
+        other["height"] = 2 * tiny.call["height"]
+    with accel.patched(tiny.pipe, make(name, ACTIVE)):
+        fresh = run(tiny, **other)
     accel.patch(tiny.pipe, make(name, ACTIVE))
     first = run(tiny)
     report = accel.stats(tiny.pipe)
-    if "height" in tiny.call:
-        interrupted_run(tiny, height=2 * tiny.call["height"])
     interrupted_run(tiny, num_inference_steps=6)
     second = run(tiny)
+    assert torch.equal(run(tiny, **other), fresh), "a run leaked into one of another size"
     accel.unpatch(tiny.pipe)
     assert report.hit_rate > 0
     assert report.memory_bytes > 0
