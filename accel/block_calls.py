@@ -72,6 +72,8 @@ def _stand_in(
 def _remember(denoiser: Denoiser, forward: Forward, number: int, outputs: Streams) -> None:
     """The last block of site `number` was computed, and so was its first."""
     entered = forward.inputs[number]
+    if len(entered) != len(outputs):
+        return  # a stream was found in this very call
     inputs = denoiser.chain.relayout(entered, outputs[0])
     keeps_output = denoiser.sites[number].keeps_output
     kept = _own(denoiser, outputs) if keeps_output else residual(outputs, inputs)

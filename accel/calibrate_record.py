@@ -20,6 +20,7 @@ from accel.family import Arguments
 from accel.guidance import is_doubled
 from accel.hooks import override
 from accel.method import AccelError, Handle, Method
+from accel.model_calls import predictions, stacked
 from accel.sublayer import Sublayer, sublayers
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ class _Watch:
     ) -> None:
         self.denoiser, self.record, self.sketch = denoiser, record, Sketcher()
         self.variants, self.probing = variants, False
+        self.seen: set[str] = set()
+        """The layers that this call of the denoiser has called."""
         self.tried: tuple[Method, ...] = ()
         self.step, self.calls = -1, 0
         self.branches: tuple[str, ...] = ()
@@ -141,26 +144,39 @@ class _Watch:
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         clock, record = self.denoiser.clock, self.record
         arguments = Arguments(self.denoiser.names, args, kwargs)
-        latent = arguments.get(self.denoiser.family.latent)
+        latent = stacked(arguments.get(self.denoiser.family.latent))
         if clock.step == 0 and self.step != 0:
             record.timesteps, record.log_snr = list(clock.timesteps), list(clock.log_snr)
             record.latents, record.prediction = latent[0].numel(), clock.prediction
-            record.batched = is_doubled(self.denoiser, arguments)
+            one = self.denoiser.family.predictions == 1  # else no guidance policy is for it
+            record.batched = one and is_doubled(self.denoiser, arguments)
         if clock.step != self.step:
             assert clock.step is not None  # called during a run only
             self.step, self.calls = clock.step, 0
         self.branches = self._branches()
         self.calls += 1
+        self.seen.clear()
+        self._learn(run, args, kwargs)
         record.calls += 1
         self._put("latent", latent)
         began, own = now(latent), self.own
         output = run(None, args, kwargs)
         self._spent("call", now(latent) - began - (self.own - own))
-        self._put("prediction", output[0])
+        self._put("prediction", predictions(output)[0])
         places = {int(place * clock.total) for place in PLACES}
         if self.variants is not None and self.calls == 1 and self.step in places:
             self._probe(run, args, kwargs, self.variants)
         return output
+
+    def _learn(self, run: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Let the chain of an undescribed model find its streams before the first step."""
+        chain = self.denoiser.chain
+        if self.record.calls == 0 and not all(map(chain.known, range(len(chain.blocks)))):
+            self.probing = True
+            try:
+                run(BRANCH, args, kwargs)
+            finally:
+                self.probing = False
 
     def _probe(
         self, run: Callable[..., Any], args: Any, kwargs: Any, variants: tuple[Method, ...]
@@ -181,10 +197,10 @@ class _Watch:
         self._took(began)
 
     def block(self, index: int, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self.probing:
-            return run(*args, **kwargs)
         chain = self.denoiser.chain
         arguments = chain.arguments(index, args, kwargs)
+        if self.probing:
+            return chain.learn(index, arguments, run(*args, **kwargs))
         before = chain.inputs(arguments)[0]
         began, own = now(before), self.own
         if index == 0 and before is not None:
@@ -205,10 +221,11 @@ class _Watch:
 
     def layer(self, layer: Sublayer, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         output = run(*args, **kwargs)
-        if self.probing:
+        site = f"layer.{layer.block}.{layer.kind}.{layer.name}"
+        if self.probing or site in self.seen:
             return output
-        hidden = output[0] if isinstance(output, tuple) else output
-        self._put(f"layer.{layer.block}.{layer.kind}.{layer.name}", hidden)
+        self.seen.add(site)
+        self._put(site, output[0] if isinstance(output, tuple) else output)
         return output
 
     # --- what is kept of them ------------------------------------------------------------------

@@ -20,7 +20,7 @@ from accel.guard import Guard
 from accel.hooks import is_compiled_whole, override
 from accel.memory_budget import Budget, held_bytes
 from accel.method import AccelError, Handle
-from accel.model_calls import call_model
+from accel.model_calls import call_model, predictions
 from accel.report import StepRow
 from accel.site import (
     Approximator,
@@ -63,6 +63,8 @@ class Denoiser:
         self.chain = Chain(module, family)
         self.rows: list[StepRow] = []
         self.memory_bytes = 0
+        self.reported = 0
+        """The run that `rows` and `memory_bytes` tell of: the last that called the denoiser."""
         self._between: Callable[..., Any] | None = None
         self.outside: Callable[..., Any] | None = None
         """`outside(call, args, kwargs)` stands before everything else: stages change sizes."""
@@ -245,10 +247,8 @@ class Denoiser:
     # --- run state -----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """A new run: nothing of the last one may be used, and its report is over."""
+        """A new run: nothing of the last one may be used."""
         self.forget()
-        self.rows = []
-        self.memory_bytes = 0
 
     def forget(self) -> None:
         """Drop every cached tensor and every policy's state."""
@@ -306,6 +306,8 @@ class Denoiser:
     def _call(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.clock.step is None:
             return original(*args, **kwargs)
+        if self.reported != self.clock.run:
+            self.reported, self.rows, self.memory_bytes = self.clock.run, [], 0
         if self.clock.step == 0:
             latent = Arguments(self.names, args, kwargs).get(self.family.latent)
             self.first_call(latent[0].numel())
@@ -334,12 +336,15 @@ class Denoiser:
         output = self._run_forward(forward, run)
         if self.guard is not None:
             key = (self.name, state.branch.name, state.branch.ordinal)
-            if forward.verdict != "computed" and not self.guard.trusts(key, output[0], clock.step):
-                forward = replace(forward, returning=True, blocks=0, blocks_run=0, skipping=set())
+            stand_in = forward.verdict != "computed"
+            if stand_in and not self.guard.trusts(key, predictions(output)[0], clock.step):
+                forward = replace(
+                    forward, returning=True, blocks=0, blocks_run=0, skipping=set(), inputs={}
+                )
                 forward.verdict = "computed"
                 output = self._run_forward(forward, run)
             if forward.verdict == "computed":
-                self.guard.computed(key, output[0])
+                self.guard.computed(key, predictions(output)[0])
         if branch is not None and branch.name == "batched":
             forward.blocks, forward.blocks_run = 2 * forward.blocks, 2 * forward.blocks_run
         self._record(forward, time.perf_counter() - began)

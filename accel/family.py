@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,7 +85,7 @@ class Family:
     hold; `cond_first`: batched guidance puts the conditional half first. `resized(arguments,
     layout)`: arguments, other than the latent, that must change when only the live places of a
     `Layout` are computed; None where that is not known. `coordinates`: tokens carry coordinates, so
-    that any set of them can be computed.
+    that any set of them can be computed. `predictions`: how many a call makes (2: sound too).
     """
 
     name: str
@@ -103,6 +103,7 @@ class Family:
     cond_first: bool = False
     resized: Callable[[Arguments, Layout], dict[str, Any]] | None = None
     coordinates: bool = False
+    predictions: int = 1
 
     def chain(self, denoiser: Any) -> list[tuple[Any, Stack]]:
         """The blocks in calling order, each with its stack."""
@@ -121,24 +122,46 @@ def by_shape(arguments: Arguments, layout: Layout) -> dict[str, Any]:
     return {}
 
 
-_LIST_NAMES = ("transformer_blocks", "single_transformer_blocks", "blocks", "layers")
+_LATENT_NAMES = (HIDDEN, "sample", "x")
+_LIST_NAMES = (
+    "transformer_blocks",
+    "joint_transformer_blocks",
+    "double_stream_blocks",
+    "double_blocks",
+    "visual_transformer_blocks",
+    "single_transformer_blocks",
+    "single_stream_blocks",
+    "single_blocks",
+    "blocks",
+    "layers",
+)
+"""Lists of blocks that take the hidden states first, in the order in which models call them."""
 
 
 def detect(denoiser: Any) -> Family:
-    """Describe an unregistered transformer by its block lists, or refuse with the reason."""
+    """Describe an unregistered denoiser by its block lists.
+
+    Without two blocks it has no chain, and methods that skip whole calls are for it. Refused with
+    the reason where even the latent cannot be told among its arguments.
+    """
     name = type(denoiser).__name__
-    found: Sequence[str] = [
-        child
-        for child in _LIST_NAMES
-        if len(getattr(denoiser, child, ())) > 0 and _takes_hidden(getattr(denoiser, child)[0])
-    ]
-    if not found or sum(len(getattr(denoiser, child)) for child in found) < 2:
+    taken = tuple(inspect.signature(denoiser.forward).parameters)
+    latent = next((each for each in _LATENT_NAMES if each in taken), None)
+    if latent is None:
         raise AccelError(
-            f"{name}: no list of at least two blocks that take `hidden_states` was found among "
-            f"{', '.join(_LIST_NAMES)}; describe the model by a Family in accel.pipelines"
+            f"{name} takes none of {', '.join(_LATENT_NAMES)}, so that its latent is not known; "
+            "describe the model by a Family in accel.pipelines"
         )
-    return Family(name=name, stacks=tuple(Stack(child, outputs=None) for child in found))
+    found = [each for each in _LIST_NAMES if len(getattr(denoiser, each, ())) > 0]
+    if sum(len(getattr(denoiser, each)) for each in found) < 2:
+        found = []
+    stacks = tuple(
+        Stack(each, outputs=None, hidden=_first_taken(getattr(denoiser, each)[0])) for each in found
+    )
+    return Family(name=name, stacks=stacks, latent=latent)
 
 
-def _takes_hidden(block: Any) -> bool:
-    return HIDDEN in inspect.signature(block.forward).parameters
+def _first_taken(block: Any) -> str:
+    """The argument in which a block takes the hidden states."""
+    taken = tuple(inspect.signature(block.forward).parameters)
+    return HIDDEN if HIDDEN in taken else taken[0]

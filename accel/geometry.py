@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from accel.family import Arguments, Family
 
 Grid = tuple[int, int, int]
@@ -24,7 +26,8 @@ def token_grid(module: Any, family: Family, arguments: Arguments) -> Grid:
     if isinstance(arguments.get("height"), int):
         frames = arguments.get("num_frames") or 1
         return (frames, arguments.get("height"), arguments.get("width"))
-    shape = arguments.get(family.latent).shape
+    latent = arguments.get(family.latent)
+    shape = torch.Size((len(latent), *latent[0].shape))  # Z-Image has a list of them
     sizes = getattr(module.config, "patch_size", None) or 1
     if isinstance(sizes, int):
         sizes = (getattr(module.config, "patch_size_t", None) or 1, sizes, sizes)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from accel.family import Arguments, Family
+from accel.family import ENCODER, Arguments, Family
 from accel.geometry import token_grid
 from accel.method import AccelError, Handle
-from accel.model_calls import dressed
+from accel.model_calls import dressed, predictions, stacked
 from accel.report import StepRow
 from accel.site import Branch
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from accel.denoiser import Denoiser
 
 _UNBATCHED = ("rotary", "img_ids", "txt_ids")
+_LAYERS_FIRST = "llama3"
+"""HiDream's text of every encoder layer: (layers, batch, tokens, channels)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class GuidancePolicy(Protocol):
 
 def guide(denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str) -> Handle:
     """Let `policy` decide about the guidance branches of a denoiser."""
+    if denoiser.family.predictions > 1:
+        raise AccelError(
+            f"{method} guides one prediction; {type(denoiser.module).__name__} makes "
+            f"{denoiser.family.predictions} in a call"
+        )
     branches = _Branches(denoiser, policy, method)
     denoiser.forgetting.append(branches.restart)
     forgotten = Handle(lambda: denoiser.forgetting.remove(branches.restart))
@@ -130,14 +137,14 @@ class _Branches:
             return _zeros(arguments, self.denoiser.family)
         if self.calls == 1:
             output = run(None, args, kwargs)
-            self.cond, self.dress = output[0], dressed(output)
+            self.cond, self.dress = predictions(output)[0], dressed(output)
             return output
         if self.calls > 2 or self.cond is None:
             return run(None, args, kwargs)
         context = self._context(arguments)
         if self.choice == "full":
             output = run(None, args, kwargs)
-            return dressed(output)(self.policy.full(context, self.cond, output[0]))
+            return dressed(output)(self.policy.full(context, self.cond, predictions(output)[0]))
         self._note("uncond")
         return self.dress(self.policy.substitute(context, self.cond))
 
@@ -153,13 +160,14 @@ class _Branches:
         order = (0, 1) if self.denoiser.family.cond_first else (1, 0)
         if self.choice == "full" and not self.denoiser.sites:
             output = run(Branch("batched", 0), args, kwargs)
-            halves = output[0].chunk(2)
+            halves = predictions(output)[0].chunk(2)
             cond, uncond = halves[order[0]], halves[order[1]]
         else:
             output = run(Branch("cond", 0), *half(arguments, order[0]))
-            cond, uncond = output[0], None
+            cond, uncond = predictions(output)[0], None
             if self.choice == "full":
-                uncond = run(Branch("uncond", 1), *half(arguments, order[1]))[0]
+                other = run(Branch("uncond", 1), *half(arguments, order[1]))
+                uncond = predictions(other)[0]
             else:
                 self._note("uncond")
         if uncond is None:
@@ -193,7 +201,7 @@ class _Branches:
             log_snr=clock.log_snr[place],
             planes=planes,
             tokens=tokens,
-            latent=arguments.get(denoiser.family.latent),
+            latent=stacked(arguments.get(denoiser.family.latent)),
         )
 
 
@@ -201,8 +209,8 @@ def is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
     """Whether the latent holds the same batch twice, as batched guidance makes it."""
     if denoiser.family.guidance != "batched":
         return False
-    latent = arguments.get(denoiser.family.latent)
-    if len(latent) % 2:
+    latent = stacked(arguments.get(denoiser.family.latent))
+    if latent is None or len(latent) % 2:
         return False
     first, second = latent.chunk(2)
     return bool(torch.equal(first, second))
@@ -210,13 +218,13 @@ def is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
 
 def half(arguments: Arguments, which: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments for one half of the batch."""
-    batch = next(
-        len(value)
-        for value in (*arguments.args, *arguments.kwargs.values())
-        if isinstance(value, torch.Tensor) and value.dim() > 1
-    )
+    values = (*arguments.args, *arguments.kwargs.values())
+    first = next(value for value in values if _rows(value))
+    batch = len(first)
 
     def cut(value: Any) -> Any:
+        if isinstance(first, list) and isinstance(value, list) and len(value) == batch:
+            return value[which * batch // 2 : (which + 1) * batch // 2]
         if isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == batch:
             return value.chunk(2)[which]
         if isinstance(value, list | tuple):
@@ -225,17 +233,31 @@ def half(arguments: Arguments, which: int) -> tuple[tuple[Any, ...], dict[str, A
             return {key: cut(each) for key, each in value.items()}
         return value
 
+    def of(name: str, value: Any) -> Any:
+        if any(part in name for part in _UNBATCHED):
+            return value
+        if _LAYERS_FIRST in name:
+            return value.chunk(2, dim=1)[which]
+        if name == ENCODER and isinstance(value, torch.Tensor) and len(value) % batch == 0:
+            return value.chunk(2)[which]  # AnimateDiff repeats it for each frame
+        return cut(value)
+
     args = tuple(cut(value) for value in arguments.args)
-    kwargs = {
-        name: value if any(part in name for part in _UNBATCHED) else cut(value)
-        for name, value in arguments.kwargs.items()
-    }
-    return args, kwargs
+    return args, {name: of(name, value) for name, value in arguments.kwargs.items()}
+
+
+def _rows(value: Any) -> bool:
+    """Whether a value tells the batch: a tensor with rows, or a list of one for each (Z-Image)."""
+    if isinstance(value, list):
+        return len(value) > 0 and all(isinstance(each, torch.Tensor) for each in value)
+    return isinstance(value, torch.Tensor) and value.dim() > 1
 
 
 def _zeros(arguments: Arguments, family: Family) -> Any:
     """A prediction of zeros in the form that the pipeline expects."""
-    zeros = torch.zeros_like(arguments.get(family.latent))
+    latent = arguments.get(family.latent)
+    made = list(map(torch.zeros_like, latent if isinstance(latent, list) else [latent]))
+    zeros = made if isinstance(latent, list) else made[0]
     if arguments.get("return_dict") is False:
         return (zeros,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -260,7 +282,7 @@ def _planes(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
 
 def _tokens(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
     """The inverse of `_planes`."""
-    if arguments.get(denoiser.family.latent).dim() != 3:
+    if stacked(arguments.get(denoiser.family.latent)).dim() != 3:
         return x
     if x.dim() == 4:
         return x[:, :, 0].transpose(1, 2)

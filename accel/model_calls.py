@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from accel.family import Arguments
 from accel.hooks import waited
@@ -13,6 +16,8 @@ from accel.site import Computed, Forward
 if TYPE_CHECKING:
     from accel.denoiser import Denoiser
 
+logger = logging.getLogger(__name__)
+
 
 def call_model(
     denoiser: Denoiser, forward: Forward, arguments: Arguments, run: Callable[[], Any]
@@ -21,18 +26,21 @@ def call_model(
     index = next((i for i, site in enumerate(denoiser.sites) if site.stop is None), None)
     if index is None:
         return _run(denoiser, forward, run)
-    latent = arguments.get(denoiser.family.latent)
+    latent = stacked(arguments.get(denoiser.family.latent))
+    if latent is None:
+        logger.warning("latents of different shapes in one call; whole calls are not skipped")
+        return _run(denoiser, forward, run)
     signals = SpanSignals(denoiser, forward, latent)
     state = forward.state.sites[index]
     if forward.decide(index, signals):
-        (value,) = forward.forecast(index, signals, lambda: (run()[0],))
-        assert value is not None  # only non-None predictions are remembered
-        return state.dress(value + latent_like(latent, value.shape).to(value.dtype))
+        first, *others = forward.forecast(index, signals, lambda: predictions(run()))
+        assert first is not None  # only non-None predictions are remembered
+        return state.dress(first + latent_like(latent, first.shape).to(first.dtype), *others)
     output = _run(denoiser, forward, run)
-    prediction = waited(output[0])
-    base = latent_like(latent, prediction.shape)
-    computed = Computed((base,), (prediction,), (prediction - base,))
-    forward.remember(index, signals, computed)
+    found = predictions(output)
+    bases = (latent_like(latent, found[0].shape), *map(torch.zeros_like, found[1:]))
+    kept = (found[0] - bases[0], *found[1:])
+    forward.remember(index, signals, Computed(bases, found, kept))
     state.dress = dressed(output)
     return output
 
@@ -60,10 +68,34 @@ def latent_like(latent: Any, shape: Any) -> Any:
     return result
 
 
-def dressed(output: Any) -> Callable[[Any], Any]:
-    """How to dress a prediction as `output` is: a tuple or a diffusers output object."""
-    if isinstance(output, tuple):
-        rest = output[1:]
-        return lambda prediction: (prediction, *rest)
-    kind, field = type(output), next(iter(output.keys()))
-    return lambda prediction: kind(**{field: prediction})
+def stacked(value: Any) -> Any:
+    """A tensor as it is, a list of equal shapes as a batch (Z-Image), or None."""
+    if not isinstance(value, list):
+        return value
+    return torch.stack(value) if len({each.shape for each in value}) == 1 else None
+
+
+def predictions(output: Any) -> tuple[Any, ...]:
+    """The tensors that a denoiser returns, its prediction first (LTX-2 has one of sound too)."""
+    values = output if isinstance(output, tuple) else output.values()
+    found = (stacked(value) for value in values)
+    return tuple(waited(value) for value in found if isinstance(value, torch.Tensor))
+
+
+def dressed(output: Any) -> Callable[..., Any]:
+    """How to dress predictions as `output` is: a tuple or a diffusers output object."""
+    values = output if isinstance(output, tuple) else tuple(output.values())
+    names = None if isinstance(output, tuple) else tuple(output.keys())
+    kind = type(output)
+
+    def dress(*given: Any) -> Any:
+        new, left = [], list(given)
+        for value in values:
+            if left and isinstance(value, torch.Tensor | list):
+                each = left.pop(0)
+                new.append(list(each) if isinstance(value, list) else each)
+            else:
+                new.append(value)
+        return tuple(new) if names is None else kind(**dict(zip(names, new, strict=True)))
+
+    return dress

@@ -74,13 +74,13 @@ class Patch:
 
     def report(self) -> Report:
         """The last run (or the one in progress)."""
-        rows = sorted(
-            (row for denoiser in self._denoisers for row in denoiser.rows), key=lambda row: row.step
-        )
+        last = max(denoiser.reported for denoiser in self._denoisers)
+        used = [denoiser for denoiser in self._denoisers if denoiser.reported == last]
+        rows = sorted((row for each in used for row in each.rows), key=lambda row: row.step)
         return Report(
             methods=tuple(_describe(method) for method, _ in self._handles),
             rows=tuple(rows),
-            memory_bytes=sum(denoiser.memory_bytes for denoiser in self._denoisers),
+            memory_bytes=sum(denoiser.memory_bytes for denoiser in used),
             repaired=self._guard.repaired if self._guard is not None else 0,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 from accel.family import Family, detect
@@ -127,4 +128,5 @@ def family(denoiser: Any) -> Family:
         if base.__name__ in FAMILIES:
             found = importlib.import_module(f"accel.pipelines.{FAMILIES[base.__name__]}")
             return found.FAMILY  # type: ignore[no-any-return]
-    return detect(module)
+    told = importlib.import_module("accel.pipelines.by_structure").TOLD
+    return replace(detect(module), **told.get(type(module).__name__, {}))

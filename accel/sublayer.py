@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from accel.chain import Chain
 
 KINDS = ("self", "temporal", "cross", "mlp", "fused")
-_ATTENTION = ("attn", "attn1", "attn2")
-_MLP = ("ff", "ff_context", "ffn", "mlp", "img_mlp", "txt_mlp")
+_ATTENTION = ("attn", "attn1", "attn2", "attention")
+_MLP = ("ff", "ff_context", "ffn", "mlp", "img_mlp", "txt_mlp", "feed_forward")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Sublayer:
 
     `kind`: "self" (also spatial and joint attention), "temporal", "cross", "mlp", or "fused" for
     the attention and MLP that a single-stream block projects together. `modules` are called one
-    after the other; the output is the last one's.
+    after the other; the output is the last one's. A layer that a block calls twice is cached at
+    its first call.
     """
 
     kind: str
@@ -149,6 +150,8 @@ class _Calls:
         if forward is None:
             return run(*args, **kwargs)
         number = self.denoiser.number(self.site)
+        if position == 0 and number in forward.inputs:
+            return run(*args, **kwargs)  # called again, for the text (CogView4)
         last = position == len(self.layer.modules) - 1
         if position == 0:
             hidden = args[0] if args else kwargs["hidden_states"]

@@ -268,7 +268,7 @@ class _Fitted(Table):
         """The fitted sum, or the forecast where the weights are of other steps."""
         before = self.entries[: context.place]
         places = [place for place, entry in enumerate(before) if entry][-2:]
-        assert forecast[0] is not None  # whole calls have one stream
+        assert forecast[0] is not None  # whole calls have a prediction
         latent = latent_like(signals.hidden, forecast[0].shape)
         sums = []
         for each, part in zip(self.own, latent.chunk(len(self.own)), strict=True):
@@ -281,7 +281,7 @@ class _Fitted(Table):
             terms = [value for values in kept for value in values or ()]
             weights = row[1:-1:2] if len(places) == 1 else row[:-1]
             sums.append(weighted_sum([*weights, row[-1]], [*terms, part]))
-        return (torch.cat(sums) if len(sums) > 1 else sums[0],)
+        return (torch.cat(sums) if len(sums) > 1 else sums[0], *forecast[1:])
 
 
 def _release(kept: _Kept, measured: Sequence[BranchProducts]) -> None:
