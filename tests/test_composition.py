@@ -314,12 +314,14 @@ def test_a_list_that_alternates_with_another_is_cached_by_itself(monkeypatch) ->
     """Of Latte's blocks structure finds the spatial ones; the last one's output is what counts."""
     from accel import registry
 
-    monkeypatch.setattr(registry, "FAMILIES", {})
     tiny, wanted = built("latte")
+    with accel.patched(tiny.pipe, CYCLE):
+        described = (run(tiny) - wanted).norm()
+    monkeypatch.setattr(registry, "FAMILIES", {})
     with accel.patched(tiny.pipe, accel.PlainCycle(interval=1)):
         assert torch.equal(run(tiny), wanted)
     with accel.patched(tiny.pipe, CYCLE) as handle:
-        assert (run(tiny) - wanted).norm() < 0.2 * wanted.norm()
+        assert 0 < (run(tiny) - wanted).norm() < 1.2 * described
         assert handle.report().hit_rate > 0.3
 
 
@@ -388,7 +390,7 @@ def test_pipelines_without_denoiser_and_unknown_structures_are_refused() -> None
     with pytest.raises(accel.AccelError, match="has no denoiser with a scheduler"):
         accel.patch(diffusers.FluxPipeline(**components), CYCLE)
     tiny.pipe.transformer = Nothing()
-    with pytest.raises(accel.AccelError, match="no list of at least two blocks"):
+    with pytest.raises(accel.AccelError, match="takes none of hidden_states, sample, x"):
         accel.patch(tiny.pipe, CYCLE)
 
 
