@@ -133,7 +133,9 @@ class Chain:
         """At which end of what block `index` has `taken` the last stack's hidden states lie."""
         named = dict(zip(self._order(index - 1), returned, strict=False))
         before = named.get(HIDDEN)
-        if before is None or self._picture_last is not None or before.shape == taken.shape:
+        if before is None or taken is None or before.shape == taken.shape:
+            return
+        if self._picture_last is not None:
             return
         count = before.shape[1]
         if torch.equal(taken[:, :count], before):
