@@ -2,7 +2,7 @@
 
 Fields of `accel.family.Family` that replace those of `accel.family.detect`. Whoever is not here
 (AuraFlow, Sana, HiDream, Allegro, HunyuanDiT, CogView3+, ...) has batched guidance, the
-unconditional half first.
+unconditional half first. Read from diffusers' pipelines; what was run is in docs/families.md.
 """
 
 from __future__ import annotations

@@ -145,6 +145,11 @@ def test_a_denoiser_without_known_blocks_takes_whole_calls_only() -> None:
     with accel.patched(pipe, CYCLE) as handle:
         assert not torch.equal(run(video), untouched)
         assert handle.report().hit_rate > 0.3
+    for method in (accel.FitCache(share=0.4), accel.DPCache(share=0.4, whole=True)):
+        with accel.patched(pipe, method) as handle:
+            run(video)  # measures
+            run(video)
+            assert handle.report().share_computed < 0.6
     always = accel.GuidanceInterval(lowest=None, highest=None)
     with accel.patched(pipe, accel.PlainCycle(interval=1), always):
         assert (run(video) - untouched).norm() < 1e-5 * untouched.norm()
