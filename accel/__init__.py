@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from accel.calibrate_profile import profile
     from accel.calibrate_search import calibrate
     from accel.method import AccelError
-    from accel.patching import Patch, patch, patched, stats, unpatch
+    from accel.patching import patch, patched, stats, unpatch
+    from accel.pipeline_patch import Patch
     from accel.recipe import Recipe
     from accel.report import Report
 
@@ -38,7 +39,7 @@ _ASSEMBLY = {
     "unpatch": "accel.patching",
     "patched": "accel.patching",
     "stats": "accel.patching",
-    "Patch": "accel.patching",
+    "Patch": "accel.pipeline_patch",
     "Recipe": "accel.recipe",
     "Report": "accel.report",
     "AccelError": "accel.method",

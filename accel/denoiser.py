@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from accel.block_calls import call_block
+from accel.branch_states import BranchStates
 from accel.chain import Chain, parameters
 from accel.clock import StepClock
-from accel.family import ENCODER, Arguments, Family
+from accel.family import Arguments, Family
 from accel.guard import Guard
 from accel.hooks import is_compiled_whole, override
 from accel.memory_budget import Budget, held_bytes
@@ -25,14 +22,10 @@ from accel.report import StepRow
 from accel.site import (
     Approximator,
     Branch,
-    BranchState,
     Forward,
     Policy,
     Site,
-    SiteState,
 )
-
-logger = logging.getLogger(__name__)
 
 _ADAPTER_METHODS = [
     "load_lora_adapter",
@@ -78,10 +71,7 @@ class Denoiser:
         self._followers = 0
         self.sites: list[Site] = []
         """Everything that may be skipped; their states lie in the same order."""
-        self._branches: dict[tuple[str, int], BranchState] = {}
-        self._context: str | None = None
-        self._calls: dict[str | None, int] = {}
-        self._call_step: tuple[int, int | None] = (-1, None)
+        self._branches = BranchStates(family, clock, self.sites)
         self.forward: Forward | None = None
         """The call in flight."""
         self._undo: Callable[[], None] | None = None
@@ -237,7 +227,7 @@ class Denoiser:
         """Override what the sites need: the denoiser, and its blocks when a site is a range."""
         if self._undo is None:
             changed = {name: self._adapters_changed for name in _ADAPTER_METHODS}
-            calls = {"__call__": self._call, "cache_context": self._cache_context}
+            calls = {"__call__": self._call, "cache_context": self._branches.cache_context}
             self._undo = override(self.module, {**calls, **changed})
         if self.skips_blocks and not self._block_undo:
             for index, block in enumerate(self.chain.blocks):
@@ -261,45 +251,6 @@ class Denoiser:
     def _adapters_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.forget()
         return original(*args, **kwargs)
-
-    @contextlib.contextmanager
-    def _cache_context(
-        self, original: Callable[..., Any], name: str, **kwargs: Any
-    ) -> Iterator[None]:
-        outer, self._context = self._context, name
-        try:
-            with original(name, **kwargs):
-                yield
-        finally:
-            self._context = outer
-
-    def _branch(self) -> Branch:
-        """Which guidance pass this call is: the pipeline's own name for it, or its ordinal."""
-        now = (self.clock.run, self.clock.step)
-        if now != self._call_step:
-            self._call_step, self._calls = now, {}
-        ordinal = sum(self._calls.values())
-        repeat = self._calls.get(self._context, 0)
-        self._calls[self._context] = repeat + 1
-        if self._context is not None:
-            return Branch(self._context + (f"#{repeat}" if repeat else ""), ordinal)
-        names = ("batched",) if self.family.guidance == "batched" else ("cond", "uncond")
-        return Branch(names[ordinal] if ordinal < len(names) else f"call{ordinal}", ordinal)
-
-    def _state(self, arguments: Arguments, branch: Branch) -> BranchState:
-        signature = tuple(
-            _describe(value)
-            for value in (*arguments.args, *sorted(arguments.kwargs.items(), key=lambda kv: kv[0]))
-        )
-        condition = arguments.get(ENCODER)
-        key = (branch.name, branch.ordinal)
-        state = self._branches.get(key)
-        if state is None or state.signature != signature or not _same(state.condition, condition):
-            total = self.clock.total
-            sites = [SiteState(site.policy(branch), site.reuse.start(total)) for site in self.sites]
-            state = self._branches[key] = BranchState(branch, signature, condition, sites)
-        state.condition = condition
-        return state
 
     # --- a denoiser call -----------------------------------------------------------------------
 
@@ -327,7 +278,7 @@ class Denoiser:
         assert clock.step is not None  # called during a run only
         arguments = Arguments(self.names, args, kwargs)
         place = clock.step + clock.schedule - clock.total
-        state = self._state(arguments, branch or self._branch())
+        state = self._branches.state(arguments, branch or self._branches.called())
         returning = state.last is not None and clock.step - state.last > 1
         forward = Forward(state, clock.step, clock.total, place, clock, arguments, returning)
         state.last = clock.step
@@ -361,13 +312,7 @@ class Denoiser:
         if forward.step == 0 and self.budget is not None:
             branches = 2 if self.family.guidance == "sequential" else 1
             self.budget.apply(self.name, forward, self.sites, branches)
-        held = held_bytes(
-            tensor
-            for state in self._branches.values()
-            for site in state.sites
-            for tensor in (*site.history.tensors(), *vars(site.policy).values())
-        )
-        self.memory_bytes = max(self.memory_bytes, held)
+        self.memory_bytes = max(self.memory_bytes, held_bytes(self._branches.tensors()))
         self.rows.append(
             StepRow(
                 denoiser=self.name,
@@ -380,21 +325,3 @@ class Denoiser:
                 called=forward.blocks > 0,
             )
         )
-
-
-def _describe(value: Any) -> Any:
-    """What must stay the same from step to step for cached tensors to stay usable."""
-    if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.dtype, value.device)
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-        return (value[0], _describe(value[1]))
-    if isinstance(value, list | tuple):
-        return len(value)
-    return type(value)
-
-
-def _same(old: Any, new: Any) -> bool:
-    """Whether two prompt embeddings are equal; free while the pipeline passes one tensor along."""
-    if old is new or not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
-        return True
-    return bool(torch.equal(old, new))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,3 +68,18 @@ def held_bytes(values: Iterable[Any]) -> int:
     """Bytes of the memory behind all tensors among some values; views share theirs."""
     stores = [each.untyped_storage() for each in values if isinstance(each, torch.Tensor)]
     return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+
+
+def read_bytes(memory: int | str | None) -> int | None:
+    """Bytes of `memory`; "2GB" and "500 MiB" are read."""
+    if memory is None or (isinstance(memory, int) and not isinstance(memory, bool) and memory > 0):
+        return memory
+    units = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    found = re.fullmatch(r"\s*([0-9.]+)\s*([a-z]+)\s*", str(memory), re.IGNORECASE)
+    try:
+        size = int(float(found[1]) * units[found[2].upper()]) if found else 0
+    except (KeyError, ValueError):
+        size = 0
+    if size < 1:
+        raise AccelError(f'memory={memory!r}: give bytes above 0 or a size such as "2GB"')
+    return size

@@ -20,7 +20,7 @@ CONTRACTS = {
     *("memory_budget", "optimal_steps", "similarity_filter", "stream_batch", "stream_session"),
     *("layout", "noise_levels", "staging", "transitions", "stages", "crossing", "low_rank"),
     *("staged_scheduler", "text_bias", "attention_calls", "latent_upsampler", "trained_folder"),
-    *("adapter_files", "adapter_hosts"),
+    *("adapter_files", "adapter_hosts", "branch_states"),
 }
 SHARED = {
     *("accel.caches.approximators", "accel.caches.block_adjustment", "accel.caches.schedules"),
