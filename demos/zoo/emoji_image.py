@@ -5,8 +5,9 @@
     python -m demos.zoo.emoji_image export
 
 Half of the time goes into 64×64 pictures, a quarter of the tokens, whose positions are spread over
-the coordinates of the large ones; the rest into 128×128. `--start FOLDER` goes on with an exported
-emoji-image, at 128×128 alone.
+the coordinates of the large ones; the rest into 128×128, with a quarter of the steps still on small
+ones, or the model forgets them, from which samplers in stages start. `--start FOLDER` goes on with
+an exported emoji-image in that last way.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from demos.zoo.emoji_unet import clip_encoder, clip_table
 
 SIZE, TEXT_LENGTH, SHIFT = 128, 16, 2.0
 SMALL_SHARE = 0.5
+SMALL_STEPS = 0.25
 CALL = {
     "height": SIZE,
     "width": SIZE,
@@ -89,28 +91,36 @@ def training(start: Path | None, minutes: float, device: str, batch_size: int) -
     model = Model()
     small = minutes * SMALL_SHARE if start is None else 0.0
     if start is None:
-        stage(model, 64, small, 1.5e-3, device, batch_size)
+        stage(model, {64: batch_size}, small, 1.5e-3, device)
     else:
         train.start_from(model, start, "emoji-image", images.NAME)
-    stage(model, SIZE, minutes - small, 7e-4, device, max(batch_size // 4, 1))
+    sizes = {64: batch_size, SIZE: max(batch_size // 4, 1)}
+    stage(model, sizes, minutes - small, 7e-4, device)
 
 
-def stage(
-    model: nn.Module, size: int, minutes: float, lr: float, device: str, batch_size: int
-) -> None:
-    """Train at one picture size."""
-    model.to(device)
+def latents(size: int, device: str) -> tuple[Tensor, Tensor]:
+    """Latents of real pictures, scaled as those of 64 pixels are, and their labels."""
     known = images.latents(size, device, images.PICTURES if size < SIZE else images.PICTURES // 4)
     reference = images.latents(64, device)
-    clean_all = known["latents"] * known["std"] + known["mean"]
-    clean_all = (clean_all - reference["mean"]) / reference["std"]
+    clean = known["latents"] * known["std"] + known["mean"]
+    return (clean - reference["mean"]) / reference["std"], known["labels"]
+
+
+def stage(model: nn.Module, sizes: dict[int, int], minutes: float, lr: float, device: str) -> None:
+    """Train at picture sizes, each with its batch size; the smaller one in `SMALL_STEPS`."""
+    model.to(device)
+    known = {size: (*latents(size, device), positions(size).to(device)) for size in sizes}
     clip_ids, clip_empty = clip_table()
     t5_ids, t5_empty = text.token_table(with_motion=False), text.empty(TEXT_LENGTH)
-    image_ids, text_ids = positions(size).to(device), torch.zeros(TEXT_LENGTH, 3, device=device)
+    text_ids = torch.zeros(TEXT_LENGTH, 3, device=device)
 
     def loss(generator: Generator) -> Tensor:
+        size = max(sizes)
+        if torch.rand((), generator=generator) < SMALL_STEPS:
+            size = min(sizes)
+        batch_size, (clean_all, labels, image_ids) = sizes[size], known[size]
         rows = torch.randint(len(clean_all), (batch_size,), generator=generator)
-        names, colours = known["labels"][rows].unbind(1)
+        names, colours = labels[rows].unbind(1)
         dropped = (torch.rand(batch_size, generator=generator) < 0.1)[:, None]
         clip = torch.where(dropped, clip_empty, clip_ids[names, colours]).to(device)
         t5 = torch.where(dropped, t5_empty, t5_ids[names, colours]).to(device)
@@ -149,7 +159,7 @@ def stage(
             "text_encoder_2.encoder.block",
         ),
         ema=0.998,
-        progress=progress if size == SIZE else None,
+        progress=progress if SIZE in sizes else None,
         progress_minutes=6,
     )
 
