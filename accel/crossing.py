@@ -44,20 +44,20 @@ class Crossing:
         return self.run.grid(scale)
 
     def noise(self, layout: Layout) -> Tensor:
-        """White noise for the live places of `layout`, as `Form.places` of a latent.
+        """White noise for the live part of `layout`, as `Form.pixels` of a latent.
 
         The run's own: what its first latent has there; or, where the method asks for fresh noise,
         new draws from the call's generators.
         """
         if self.run.noise == "initial":
-            return self.form.places(self.form.pooled(self.run.white, layout)).to(self.noisy.dtype)
-        shape = list(self.form.places(self.noisy).shape)
-        shape[self.form.axis] = len(layout.pick)
+            return self.form.pixels(self.form.pooled(self.run.white, layout)).to(self.noisy.dtype)
+        shape = list(self.form.pixels(self.noisy).shape)
+        shape[self.form.axis] = len(layout.pixels(self.form.patch)[0])
         return draw_noise(self.noisy, shape, self.run.generator)
 
     def renoise(self, planes: Tensor, layout: Layout) -> Tensor:
         """T1: clean latent planes at the next stage's first level."""
-        clean = self.form.places(self.form.tokens(planes))
+        clean = self.form.pixels(self.form.tokens(planes))
         noise = self.noise(layout).to(clean.dtype)
         weights = self.levels.weights(self.after.sigmas[0])
         return self.form.shaped(renoised(clean, noise, weights), layout.grid)
@@ -73,16 +73,16 @@ class Crossing:
         return layout, self.renoise(planes, layout)
 
     def repeat(self, layout: Layout) -> Tensor:
-        """T2: the noisy latent's elements repeated over the places of `layout`."""
-        places, axis = self.form.places(self.noisy), self.form.axis
+        """T2: the noisy latent's pixels repeated over those of `layout`."""
+        pixels, axis = self.form.pixels(self.noisy), self.form.axis
         noise = self.noise(layout)
         old = self.levels.weights(self.before.sigmas[-1])
         new = self.levels.weights(self.after.sigmas[0])
-        parents = layout.parents(self.layout).to(places.device)
+        parents = layout.parents(self.layout, self.form.patch).to(pixels.device)
         if self.run.noise == "initial":
-            data = data_in(places, self.noise(self.layout), old).index_select(axis, parents)
+            data = data_in(pixels, self.noise(self.layout), old).index_select(axis, parents)
             return self.form.shaped(renoised(data, noise, new), layout.grid)
-        return self.form.shaped(repeated(places, noise, parents, axis, old, new), layout.grid)
+        return self.form.shaped(repeated(pixels, noise, parents, axis, old, new), layout.grid)
 
     def decoded(self, planes: Tensor) -> Tensor:
         """Pixels in [−1, 1] of clean latent planes: (batch, 3, [frames,] height, width)."""

@@ -32,6 +32,7 @@ class Layout:
     pick: Tensor = field(repr=False)
     spread: Tensor = field(repr=False)
     positions: str = "native"
+    _pixels: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def resized(cls, full: Grid, live: Grid, positions: str = "native") -> Layout:
@@ -72,9 +73,53 @@ class Layout:
         """Whether every place is live."""
         return len(self.pick) == len(self.spread)
 
-    def parents(self, coarser: Layout) -> Tensor:
-        """For each live place the one of `coarser` that it lies in, (live,)."""
-        return coarser.spread[self.pick]
+    def pixels(self, patch: int) -> tuple[Tensor, Tensor]:
+        """`pick` and `spread` of latent pixels, `patch`² to a place, numbered place by place.
+
+        Live places show the picture at their size; a full pixel belongs to the nearest of theirs.
+        """
+        if patch == 1:
+            return self.pick, self.spread
+        if patch not in self._pixels:
+            token, rows, columns = self._nearest(patch)
+            inside = rows[..., :, None] % patch * patch + columns[..., None, :] % patch
+            spread = (token * patch**2 + inside).flatten()
+            pick = torch.full((len(self.pick) * patch**2,), len(spread))
+            pick.scatter_reduce_(0, spread, torch.arange(len(spread)), "amin")
+            self._pixels[patch] = pick, spread
+        return self._pixels[patch]
+
+    def _nearest(self, patch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each full place's pixels: the live place, (full, patch, patch), and in the picture of
+        the live places the row and the column, (full, patch); where they form no grid, within one.
+        """
+        number = torch.arange(len(self.spread))
+        lines = number // self.full[2] % self.full[1], number % self.full[2]
+        inner = torch.arange(patch)
+        if self.grid is None:
+            rows, columns = (self._within(line, patch) for line in lines)
+            return self.spread[:, None, None], rows, columns
+        full, live = self.full[1:], self.grid[1:]
+        rows, columns = (
+            (line[:, None] * patch + inner) * small // size
+            for line, small, size in zip(lines, live, full, strict=True)
+        )
+        frames = self.spread // (live[0] * live[1])
+        token = (frames[:, None] * live[0] + rows // patch)[:, :, None] * live[1]
+        return token + (columns // patch)[:, None, :], rows, columns
+
+    def _within(self, line: Tensor, patch: int) -> Tensor:
+        """From each full place's row (or column) those of its pixels in the live place."""
+        first = torch.full((len(self.pick),), len(line))
+        first = first.scatter_reduce(0, self.spread, line, "amin")
+        last = torch.zeros_like(first).scatter_reduce(0, self.spread, line, "amax")
+        size = (last - first + 1)[self.spread]
+        offset = (line - first[self.spread]) * patch
+        return (offset[:, None] + torch.arange(patch)) // size[:, None]
+
+    def parents(self, coarser: Layout, patch: int) -> Tensor:
+        """For each live pixel the one of `coarser` that it lies in, (live · patch²,)."""
+        return coarser.pixels(patch)[1][self.pixels(patch)[0]]
 
     def coordinates(self, full: Tensor) -> Tensor:
         """Coordinates of the live places from those of all places, (full, axes)."""
@@ -96,7 +141,7 @@ def _flat(lines: list[Tensor], grid: Grid) -> Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """How a family's latents hold the places: packed tokens, or a grid of pixels.
+    """How a family's latents hold the places: packed tokens, or a grid of latent pixels.
 
     Packed: (batch, places, channels), a token holding `patch`² latent pixels in its channels.
     Otherwise (batch, channels, [frames,] rows, columns), or frames first.
@@ -125,40 +170,44 @@ class Form:
 
     @property
     def axis(self) -> int:
-        """The axis of places in what `places` gives."""
+        """The axis of pixels in what `pixels` gives."""
         return 1 if self.packed else 2
 
-    def places(self, x: Tensor) -> Tensor:
-        """(batch, places, channels), or (batch, channels, places) where not packed."""
+    def pixels(self, x: Tensor) -> Tensor:
+        """(batch, latent pixels, channels), or (batch, channels, latent pixels) if not packed."""
         if self.packed:
-            return x
+            cells = x.unflatten(2, (-1, self.patch**2))
+            return cells.transpose(2, 3).flatten(1, 2)  # type: ignore[no-any-return]
         return (x.transpose(1, 2) if self.frames_first else x).flatten(2)
 
-    def shaped(self, places: Tensor, grid: Grid | None) -> Tensor:
-        """The inverse of `places` for a grid."""
+    def shaped(self, pixels: Tensor, grid: Grid | None) -> Tensor:
+        """The inverse of `pixels` for a grid."""
         if self.packed:
-            return places
+            cells = pixels.unflatten(1, (-1, self.patch**2))
+            return cells.transpose(2, 3).flatten(2)  # type: ignore[no-any-return]
         assert grid is not None  # only packed tokens may form no grid
         if self.flat:
-            return places.unflatten(2, grid[1:])  # type: ignore[no-any-return]
-        x = places.unflatten(2, grid)
+            return pixels.unflatten(2, grid[1:])  # type: ignore[no-any-return]
+        x = pixels.unflatten(2, grid)
         return x.transpose(1, 2) if self.frames_first else x  # type: ignore[no-any-return]
 
     def take(self, x: Tensor, layout: Layout) -> Tensor:
         """The live part of a full-size tensor."""
         if layout.whole:
             return x
-        live = self.places(x).index_select(self.axis, layout.pick.to(x.device))
+        pick, _ = layout.pixels(self.patch)
+        live = self.pixels(x).index_select(self.axis, pick.to(x.device))
         return self.shaped(live, layout.grid)
 
     def pooled(self, noise: Tensor, layout: Layout) -> Tensor:
-        """The live part of full-size white noise: √m times the mean of m places, white again."""
+        """The live part of full-size white noise: √m times the mean of m pixels, white again."""
         if layout.whole:
             return noise
-        places, spread = self.places(noise), layout.spread.to(noise.device)
-        shape = list(places.shape)
-        shape[self.axis] = len(layout.pick)
-        sums = places.new_zeros(shape).index_add_(self.axis, spread, places)
+        pixels = self.pixels(noise)
+        pick, spread = (each.to(noise.device) for each in layout.pixels(self.patch))
+        shape = list(pixels.shape)
+        shape[self.axis] = len(pick)
+        sums = pixels.new_zeros(shape).index_add_(self.axis, spread, pixels)
         shape = [1] * sums.dim()
         shape[self.axis] = -1
         counts = torch.bincount(spread).reshape(shape).to(sums)
@@ -170,16 +219,17 @@ class Form:
         return 2 if self.packed or self.frames_first else 1
 
     def put(self, live: Tensor, layout: Layout) -> Tensor:
-        """A full-size tensor that shows the live part: its places repeated."""
+        """A full-size tensor that shows the live part: its pixels repeated."""
         if layout.whole:
             return live
-        full = self.places(live).index_select(self.axis, layout.spread.to(live.device))
+        _, spread = layout.pixels(self.patch)
+        full = self.pixels(live).index_select(self.axis, spread.to(live.device))
         return self.shaped(full, layout.full)
 
     def planes(self, x: Tensor, grid: Grid) -> Tensor:
         """(batch, channels, frames, rows, columns) of latent pixels."""
         if not self.packed:
-            return self.places(x).unflatten(2, grid)  # type: ignore[no-any-return]
+            return self.pixels(x).unflatten(2, grid)  # type: ignore[no-any-return]
         cells = x.unflatten(2, (-1, self.patch, self.patch)).unflatten(1, grid)
         return cells.permute(0, 4, 1, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)  # type: ignore[no-any-return]
 

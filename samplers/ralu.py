@@ -30,7 +30,7 @@ class RALU:
 
     Three stages over data times 0 → `ends[0]` → `ends[1]` → 1 (1 − σ): every 2×2 block of tokens as
     one; the `ratio` of coarse tokens with most edge pixels split; all split. `shares` of the steps.
-    At a boundary the noisy tokens are repeated, and their noise-to-signal ratio is multiplied by
+    At a boundary the latent's pixels are repeated, and their noise-to-signal ratio is multiplied by
     `jump` (Z in the paper, 2 or more); `shifts` are the stages' timestep shifts. `noise` "initial"
     gives each token its own part of the run's first noise, so that the picture stays the seed's;
     "fresh", as the authors, whitens with correlated noise and makes another picture. Defaults: the
@@ -38,10 +38,11 @@ class RALU:
     the first boundary, 0 at the second: both are plain two-stage runs. `regions`: "edges", or
     "random" to compare with. `positions`: see `Layout`.
 
-    Differs from the authors' code: the decoded picture's dark half is not clipped away before edges
-    are looked for, tokens that are not split get exactly the noise of the level, seeds are the
-    call's, and a batch shares one choice of regions (its summed edges), because FLUX has one table
-    of coordinates for the whole batch.
+    Differs from the authors' code: a coarse token's four latent pixels become the four fine tokens
+    (theirs repeats whole packed tokens, which tiles what is inside them), the decoded picture's
+    dark half is not clipped away before edges are looked for, tokens that are not split get exactly
+    the noise of the level, seeds are the call's, and a batch shares one choice of regions (its
+    summed edges), because FLUX has one table of coordinates for the whole batch.
     """
 
     slot: ClassVar[str] = "size"

@@ -107,9 +107,9 @@ class VGDFR:
             (clip, clip[:, :, -1:].expand(-1, -1, -(clip.shape[2] - 1) % 4, -1, -1)), 2
         )
         clean = crossing.encoded(clip)[:, :, : len(kept)]  # AutoencoderKLWan takes 4 frames a time
-        places = crossing.form.places(crossing.form.tokens(clean))
+        pixels = crossing.form.pixels(crossing.form.tokens(clean))
         weights = crossing.levels.weights(crossing.after.sigmas[0])
-        noisy = renoised(places, crossing.noise(layout), weights)
+        noisy = renoised(pixels, crossing.noise(layout), weights)
         return layout, crossing.form.shaped(noisy, layout.grid)
 
     def merged(self, pictures: Tensor, factor: int, frames: int) -> set[int]:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from accel import AccelError
 from accel.layout import Form, Layout
@@ -65,7 +66,7 @@ def test_pooled_noise_is_white_again_and_belongs_to_its_places(live) -> None:
     full = (1, 1000, 1000)
     layout, form = Layout.resized(full, live), Form(packed=False, flat=True)
     drawn = noise(COUNT, 5).reshape(1, 1, *full[1:])
-    found = form.places(form.pooled(drawn, layout))[0, 0]
+    found = form.pixels(form.pooled(drawn, layout))[0, 0]
     assert close(float(found.mean()) + 1, 1)
     assert close(float(found.var()), 1)
     rows = found.reshape(live[1:])
@@ -75,6 +76,34 @@ def test_pooled_noise_is_white_again_and_belongs_to_its_places(live) -> None:
     assert torch.allclose(found[7], wanted)
     whole = Layout.resized(full, full)
     assert torch.equal(form.pooled(drawn, whole), drawn)
+
+
+@pytest.mark.parametrize("live", [(1, 4, 4), (1, 6, 6)])
+def test_packed_tokens_are_pooled_and_repeated_as_the_picture_that_they_hold(live) -> None:
+    """Tokens of four latent pixels: what a token holds is not mixed with where it lies."""
+    full, form = (1, 8, 8), Form(packed=True, patch=2)
+    layout, side = Layout.resized(full, live), 2 * live[1]
+    planes = noise(5 * 16 * 16, 8).reshape(1, 5, 1, 16, 16)
+    assert torch.equal(form.planes(form.tokens(planes), full), planes)
+    small = form.planes(form.pooled(form.tokens(planes), layout), live)
+    shown = form.planes(form.put(form.tokens(small), layout), full)
+    assert torch.equal(shown[:, :, 0], functional.interpolate(small[:, :, 0], (16, 16)))
+    assert torch.equal(form.take(form.tokens(shown), layout), form.tokens(small))
+    line = torch.arange(16) * side // 16
+    cells = (line[:, None] * side + line).flatten()
+    sums = torch.zeros(1, 5, 1, side * side).index_add(3, cells, planes.flatten(3))
+    wanted = sums / torch.bincount(cells).sqrt()
+    assert torch.allclose(small.flatten(3), wanted, atol=1e-5)
+
+
+def test_in_a_mixed_layout_each_pixel_comes_from_the_one_that_it_lies_in() -> None:
+    full, form = (1, 4, 4), Form(packed=True, patch=2)
+    coarse = Layout.resized(full, (1, 2, 2))
+    mixed = Layout.mixed(coarse, torch.tensor([True, False, False, False]))
+    small = noise(3 * 16, 9).reshape(1, 3, 1, 4, 4)
+    pixels = form.pixels(form.tokens(small))[:, mixed.parents(coarse, 2)]
+    shown = form.planes(form.put(form.shaped(pixels, None), mixed), full)
+    assert torch.equal(shown[:, :, 0], functional.interpolate(small[:, :, 0], (8, 8)))
 
 
 @pytest.mark.parametrize("levels", LEVELS.values(), ids=LEVELS)
