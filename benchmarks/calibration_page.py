@@ -12,7 +12,14 @@ from typing import Any
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "calibration.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-MODELS = ("emoji-video", "emoji-video-9", "emoji-image", "emoji-image-6500", "emoji-unet")
+MODELS = (
+    "emoji-video",
+    "emoji-video-5800",
+    "emoji-video-9",
+    "emoji-image",
+    "emoji-image-6500",
+    "emoji-unet",
+)
 
 
 def read(name: str) -> dict[str, Any] | None:

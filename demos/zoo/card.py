@@ -15,7 +15,8 @@ ABOUT = {
         "tokens), AutoencoderKLWan (4× in space, 2× in time, 32 channels), UMT5 text encoder (2 "
         "layers), flow matching with shift 3.",
         "demos.zoo.emoji_video",
-        "two CPU threads, fp32 to step 2802, then `--bf16`",
+        "two CPU threads, fp32 to step 2802, then `--bf16`, from step 5800 on half of the noise levels "
+        "low",
     ),
     "emoji-image": (
         "FluxPipeline",
