@@ -38,14 +38,14 @@ from demos.zoo import evaluate as judging
 
 RESULT = Path(__file__).parent / "results" / "zoo-staged.json"
 PLAN: dict[str, Any] = {
-    "shares": (0.3, 0.2, 0.5),
-    "ends": (0.2, 0.3),
+    "shares": (0.2, 0.3, 0.5),
+    "ends": (0.05, 0.3),
     "shifts": (8.14, 2.86, 2.19),
-    "jump": 6.26,
-    "ratio": 0.3,
+    "jump": 10.0,
+    "ratio": 0.4,
     "positions": "spread",
 }
-LATE = {**PLAN, "ratio": 0.0, "shares": (0.25, 0.2, 0.55)}
+LATE = {**PLAN, "ratio": 0.0, "shares": (0.15, 0.25, 0.6)}
 CYCLE = accel.PlainCycle(interval=2, warmup=1, reuse=accel.Newton(order=1))
 BOTTLENECK: dict[str, Any] = {
     "scale": 0.75,
@@ -80,11 +80,11 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
             32,
             (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
         ),
-        "RALU": (28, (accel.RALU(**PLAN),)),
-        "RALU, fresh noise": (28, (accel.RALU(**PLAN, noise="fresh"),)),
-        "RALU, random regions": (28, (accel.RALU(**PLAN, regions="random"),)),
-        "RALU, all late": (28, (accel.RALU(**LATE),)),
-        "RALU and PlainCycle": (28, (accel.RALU(**PLAN), CYCLE)),
+        "RALU": (30, (accel.RALU(**PLAN),)),
+        "RALU, fresh noise": (30, (accel.RALU(**PLAN, noise="fresh"),)),
+        "RALU, random regions": (30, (accel.RALU(**PLAN, regions="random"),)),
+        "RALU, all late": (30, (accel.RALU(**LATE),)),
+        "RALU and PlainCycle": (30, (accel.RALU(**PLAN), CYCLE)),
         **UPSAMPLED,
     },
     "emoji-video": {
@@ -194,7 +194,7 @@ def maps(target: Path, count: int = 6) -> None:
     try:
         with accel.patched(pipe, method):
             for seed, caption in enumerate(captions):
-                made = clip(pipe, {**call, "num_inference_steps": 28}, caption, seed)[0]
+                made = clip(pipe, {**call, "num_inference_steps": 30}, caption, seed)[0]
                 side = round(len(chosen[-1]) ** 0.5)
                 mask = chosen[-1].reshape(1, side, side).float()
                 mask = mask.repeat_interleave(made.shape[-1] // side, 1)
