@@ -53,7 +53,7 @@ BOTTLENECK: dict[str, Any] = {
     "up": 2.0,
     "positions": "spread",
 }
-FEWER_FRAMES = accel.VGDFR(keep=0.67, tail=0)
+FEWER_FRAMES = accel.VGDFR(keep=0.67, look=0.15, tail=0)
 UNTRAINED = Path("out/untrained-upsampler")
 UPSAMPLED: dict[str, tuple[int, tuple[Any, ...]]] = {
     "untouched, 20 steps": (20, ()),
