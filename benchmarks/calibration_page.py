@@ -17,6 +17,7 @@ MODELS = (
     "emoji-video-5800",
     "emoji-video-9",
     "emoji-image",
+    "emoji-image-8450",
     "emoji-image-6500",
     "emoji-unet",
 )

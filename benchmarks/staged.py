@@ -46,7 +46,8 @@ PLAN: dict[str, Any] = {
     "positions": "spread",
 }
 LATE = {**PLAN, "ratio": 0.0, "shares": (0.15, 0.25, 0.6)}
-CYCLE = accel.PlainCycle(interval=2, warmup=1, reuse=accel.Newton(order=1))
+CYCLE = accel.PlainCycle(interval=2, warmup=2, reuse=accel.Newton(order=1))
+SPARSE = accel.PlainCycle(interval=3, warmup=1, reuse=accel.Newton(order=1))
 BOTTLENECK: dict[str, Any] = {
     "scale": 0.75,
     "shares": (0.3, 0.3, 0.4),
@@ -79,6 +80,10 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
         "BottleneckSampling, fresh noise": (
             32,
             (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
+        ),
+        "BottleneckSampling and PlainCycle": (
+            32,
+            (accel.BottleneckSampling(**BOTTLENECK), SPARSE),
         ),
         "RALU": (30, (accel.RALU(**PLAN),)),
         "RALU, fresh noise": (30, (accel.RALU(**PLAN, noise="fresh"),)),

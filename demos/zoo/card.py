@@ -24,7 +24,8 @@ ABOUT = {
         "double and 6 single blocks of width 128), AutoencoderKL (4×, 8 channels), CLIP and T5 text "
         "encoders (2 layers each), flow matching with shift 2.",
         "demos.zoo.emoji_image",
-        "fp32 on one CPU thread, from step 6500 on at 128×128 with half of the noise levels low",
+        "fp32 on one CPU thread, from step 6500 on half of the noise levels "
+        "low, and to step 8450 at 128×128 alone, from then on a quarter at 64×64",
     ),
     "emoji-unet": (
         "StableDiffusionPipeline",
