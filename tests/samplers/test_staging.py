@@ -141,46 +141,6 @@ def test_conditions_in_further_channels_are_not_pooled(noise) -> None:
     assert torch.equal(run_._live(latent, unet), form.take(latent, layout))
 
 
-CYCLE = accel.PlainCycle(interval=3, reuse=accel.Taylor(order=1))
-MAGNITUDES = accel.MagCache(threshold=0.5, max_skips=3, ratios=(1.0, *(0.99,) * 7))
-
-
-@pytest.mark.parametrize(
-    ("name", "cache"),
-    [
-        *(("flux_cfg", CYCLE), ("wan22", CYCLE), ("sd15", CYCLE)),
-        *(("flux_cfg", MAGNITUDES), ("wan21", MAGNITUDES), ("ltx", MAGNITUDES)),
-        *(("sd15", accel.FORA(interval=3)), ("sd15", accel.TGate())),
-    ],
-)
-def test_caches_start_again_with_each_stage(name, cache) -> None:
-    """Steps 2 and 6 begin stages: their first denoiser call is computed."""
-    tiny, _ = built(name)
-    method = BottleneckSampling(shares=(0.25, 0.5, 0.25), up=1.5)
-    with accel.patched(tiny.pipe, method, cache) as handle:
-        first = run(tiny, **LARGER.get(name, {}))
-        rows = handle.report().rows
-        assert torch.equal(run(tiny, **LARGER.get(name, {})), first)
-    starts = {row.verdict for row in rows if row.step in (0, 2, 6) and row.verdict != "left out"}
-    assert starts == {"computed"}
-    assert torch.isfinite(first).all()
-    assert len({row.verdict for row in rows}) > 1
-
-
-@pytest.mark.parametrize("name", ["flux_cfg", "wan21", "sd15", "sd3"])
-@pytest.mark.parametrize("policy", [accel.CfgCache(interval=3, start=0.0)])
-def test_guidance_policies_start_again_with_each_stage(name, policy) -> None:
-    tiny, _ = built(name)
-    method = BottleneckSampling(shares=(0.25, 0.5, 0.25), up=1.5)
-    with accel.patched(tiny.pipe, method, policy, accel.PlainCycle(interval=2)) as handle:
-        first = run(tiny)
-        rows = handle.report().rows
-    left_out = {row.step for row in rows if row.verdict == "left out"}
-    assert left_out
-    assert not left_out & {0, 2, 6}
-    assert torch.isfinite(first).all()
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
