@@ -13,6 +13,7 @@ from accel.branch_states import BranchStates
 from accel.chain import Chain, parameters
 from accel.clock import StepClock
 from accel.family import Arguments, Family
+from accel.geometry import Grid, token_grid
 from accel.guard import Guard
 from accel.hooks import is_compiled_whole, override
 from accel.memory_budget import Budget, held_bytes
@@ -139,6 +140,13 @@ class Denoiser:
                 "none that are known"
             )
         return spans
+
+    def grid(self, arguments: Arguments) -> Grid | None:
+        """(frames, rows, columns) of a call's tokens; None where those of a stage form no grid."""
+        run = self.clock.staging
+        if run is not None and run.layout is not None and run.layout.grid is None:
+            return None
+        return token_grid(self.module, self.family, arguments)
 
     def need_transformer(self, method: str) -> None:
         """Raise `AccelError` unless every block of the chain keeps its input's shape."""

@@ -7,6 +7,7 @@ the other half alone; where they are two calls (conditional first), the second i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from accel.family import ENCODER, Arguments, Family
-from accel.geometry import token_grid
 from accel.method import AccelError, Handle
 from accel.model_calls import dressed, predictions, stacked
 from accel.report import StepRow
@@ -272,11 +272,11 @@ def _planes(x: Tensor, denoiser: Denoiser, arguments: Arguments) -> Tensor:
     """
     if x.dim() != 3:
         return x
-    frames, rows, columns = token_grid(denoiser.module, denoiser.family, arguments)
-    if frames * rows * columns != x.shape[1]:
+    live = denoiser.grid(arguments)
+    if live is None or math.prod(live) != x.shape[1]:
         return x.transpose(1, 2)[:, :, None]
     patch = denoiser.family.packed
-    grid = x.reshape(len(x), frames, rows, columns, -1, patch, patch)
+    grid = x.reshape(len(x), *live, -1, patch, patch)
     return grid.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(4, 5)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accel.geometry import token_grid
 from accel.hooks import parallel_group
 from accel.method import AccelError
 from accel.site import Forward, mean_change
@@ -44,17 +44,28 @@ class SpanSignals:
         return observer(self._denoiser.chain.blocks[0], self._forward.entry_arguments)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of the hidden states' tokens."""
+    def grid(self) -> tuple[int, int, int] | None:
+        """Frames, rows and columns of the hidden states' tokens; None where they form no grid."""
         denoiser = self._denoiser
-        grid = token_grid(denoiser.module, denoiser.family, self._forward.arguments)
+        grid = denoiser.grid(self._forward.arguments)
         cut = parallel_group(denoiser.module) is not None and self.hidden.dim() == 3
-        if cut and self.hidden.shape[1] != grid[0] * grid[1] * grid[2]:
+        if cut and self.hidden.shape[1] != math.prod(grid or ()):
             raise AccelError(
                 "a method that looks at neighbouring tokens cannot run where context parallelism "
                 "gives each rank a part of them; EasyCache, MagCache and TeaCache can"
             )
         return grid
+
+    @property
+    def maps(self) -> Any:
+        """`hidden` as (…, channels, rows, columns); tokens of mixed sizes fill what they cover."""
+        hidden, grid = self.hidden, self.grid
+        if hidden.dim() == 4:
+            return hidden
+        if grid is None:
+            layout = self._denoiser.clock.staging.layout
+            hidden, grid = hidden[:, layout.spread.to(hidden.device)], layout.full
+        return hidden.unflatten(1, (-1, grid[1], grid[2])).movedim(-1, -3)
 
     def relative_change(self, new: Any, old: Any) -> float:
         """mean|new − old| / mean|old|, the same on every rank."""

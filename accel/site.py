@@ -86,8 +86,13 @@ class Signals(Protocol):
         ...
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of the hidden states' tokens."""
+    def grid(self) -> tuple[int, int, int] | None:
+        """Frames, rows and columns of the hidden states' tokens; None where they form no grid."""
+        ...
+
+    @property
+    def maps(self) -> Tensor:
+        """`hidden` as (…, channels, rows, columns); tokens of mixed sizes fill what they cover."""
         ...
 
     def relative_change(self, new: Tensor, old: Tensor) -> float:

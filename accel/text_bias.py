@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from accel.attention_calls import AttentionCall, intercept, self_attention
-from accel.geometry import TEXT_FIRST, token_grid
+from accel.geometry import TEXT_FIRST
 from accel.method import Handle
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ def amplify_text(denoiser: Denoiser, method: str, strength: float) -> Handle:
         layout = run.layout if run is not None else None
         if forward is None or layout is None or layout.whole or call.is_causal:
             return call.plain()
-        grid = token_grid(denoiser.module, denoiser.family, forward.arguments)
-        text = call.query.shape[2] - math.prod(grid)
+        grid = denoiser.grid(forward.arguments)
+        text = 0 if grid is None else call.query.shape[2] - math.prod(grid)
         if text <= 0 or call.key.shape[2] != call.query.shape[2]:
             return call.plain()
         bias = strength * math.log(len(layout.spread) / len(layout.pick))

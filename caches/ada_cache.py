@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -117,7 +118,7 @@ class _Rate:
     def _motion(self, context: StepContext, signals: Signals, features: Tensor, rate: int) -> float:
         if not WINDOW[0] <= context.step / context.total <= WINDOW[1]:
             return 1.0
-        frames = _by_frame(features, signals.grid)
+        frames = _by_frame(features, signals.grid or (1, 1, 1))
         later, earlier = frames[:, 1:], frames[:, :-1]
         raw = signals.mean_change(later, earlier, later.abs() + earlier.abs())
         motion = (raw / self.settings.motion_norm) ** POWER
@@ -142,7 +143,7 @@ class _Layer:
 
 def _by_frame(features: Tensor, grid: tuple[int, int, int]) -> Tensor:
     """(rows, frames, …): from all tokens of a video, or from a temporal layer's."""
-    frames, tokens = grid[0], grid[0] * grid[1] * grid[2]
+    frames, tokens = grid[0], math.prod(grid)
     if frames > 1 and features.shape[1] == tokens:
         return features.reshape(len(features), frames, -1)
     if frames > 1 and features.shape[1] == frames:

@@ -65,8 +65,7 @@ class _Filtered:
     def skip(self, context: StepContext, signals: Signals) -> bool:
         if self.settings.threshold == 0:
             return False
-        maps = as_maps(signals.hidden, signals.grid)
-        previous, self.observed = self.observed, self._filter(maps, context.log_snr)
+        previous, self.observed = self.observed, self._filter(signals.maps, context.log_snr)
         if previous is None or context.step == 0 or context.last:
             return False
         self.total += signals.relative_change(self.observed, previous)
@@ -86,11 +85,3 @@ class _Filtered:
         spectrum = torch.fft.rfft2(maps.float())
         filtered: Tensor = torch.fft.irfft2(spectrum * gain, s=(rows, columns))
         return filtered
-
-
-def as_maps(hidden: Tensor, grid: tuple[int, int, int]) -> Tensor:
-    """Tokens (batch, tokens, channels) as (…, channels, rows, columns); maps stay as they are."""
-    if hidden.dim() == 4:
-        return hidden
-    image: Tensor = hidden.unflatten(1, (-1, grid[1], grid[2])).movedim(-1, -3)
-    return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -190,11 +191,11 @@ def _entropy(attention: Any, hidden: Tensor, text: Tensor) -> Tensor:
     return entropy
 
 
-def _spread(score: Tensor, grid: tuple[int, int, int], cell: int, bonus: float) -> Tensor:
+def _spread(score: Tensor, grid: tuple[int, int, int] | None, cell: int, bonus: float) -> Tensor:
     """Add `bonus` · score to the best token of every cell × cell patch of each frame."""
-    frames, rows, columns = grid
-    if score.shape[1] != frames * rows * columns:
+    if grid is None or score.shape[1] != math.prod(grid):
         return score
+    frames, rows, columns = grid
     if rows % cell or columns % cell:
         raise AccelError(
             f"ToCa(cell={cell}): the grid of {rows} × {columns} tokens has no whole cells of that "

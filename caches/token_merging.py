@@ -12,7 +12,6 @@ import torch
 
 from accel.chain import parameters
 from accel.denoiser import Denoiser
-from accel.geometry import token_grid
 from accel.hooks import override
 from accel.method import AccelError, Handle, check, is_count, is_number
 from accel.sublayer import sublayers
@@ -92,8 +91,8 @@ class TokenMerging:
             hidden = args[0] if args else kwargs["hidden_states"]
             if forward is None or self.ratio == 0:
                 return original(*args, **kwargs)
-            grid = token_grid(denoiser.module, denoiser.family, forward.arguments)
-            pair = self.plan(hidden, grid, generator)
+            grid = denoiser.grid(forward.arguments)
+            pair = None if grid is None else self.plan(hidden, grid, generator)
             if pair is None:
                 return original(*args, **kwargs)
             merge, unmerge = pair

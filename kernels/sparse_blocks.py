@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from accel.attention_calls import AttentionCall, intercept, self_attention
-from accel.geometry import TEXT_FIRST, token_grid
+from accel.geometry import TEXT_FIRST
 from accel.kernels.block_sparse_attention import block_sparse_attention
 from accel.kernels.token_tiles import Grid, sequence_orders, tile_places
 from accel.method import Handle, check, is_count, is_number
@@ -131,7 +131,7 @@ class _Tiled:
         forward = self.denoiser.forward
         if forward is None:
             return None
-        return token_grid(self.denoiser.module, self.denoiser.family, forward.arguments)
+        return self.denoiser.grid(forward.arguments)
 
     def _why_not(self, call: AttentionCall, grid: Grid) -> str | None:
         tokens = call.query.shape[2]

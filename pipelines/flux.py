@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def grid(arguments: Arguments) -> tuple[int, int, int]:
-    """From the coordinates of the image tokens, (tokens, 3): the last row and column."""
-    rows, columns = arguments.get("img_ids").reshape(-1, 3)[-1, 1:].tolist()
-    return (1, int(rows) + 1, int(columns) + 1)
+    """From the coordinates of the image tokens, (tokens, 3): how many rows and columns differ."""
+    rows, columns = arguments.get("img_ids").reshape(-1, 3)[:, 1:].unbind(1)
+    return (1, len(rows.unique()), len(columns.unique()))
 
 
 def resized(arguments: Arguments, layout: Layout) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import diffusers as d
 import pytest
@@ -279,12 +280,39 @@ def test_the_text_bias_is_on_picture_to_text_logits(first, masked) -> None:
     assert torch.allclose(made, logits.softmax(-1) @ value, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["flux_cfg", "qwen_image", "ltx", "wan21", "sd3"])
+@pytest.mark.parametrize("positions", ["native", "spread"])
+def test_a_stages_grid_is_that_of_its_tokens(name, positions) -> None:
+    """Whatever coordinates they have; tokens of mixed sizes have none."""
+    tiny, _ = built(name)
+    method = Progressive(positions=positions)
+    if name == "flux_cfg":
+        method = accel.RALU((0.25, 0.25, 0.5), (0.1, 0.3), ratio=0.5, positions=positions)
+    found: list[tuple[Any, int]] = []
+    with accel.patched(tiny.pipe, method) as handle:
+        denoiser = handle._denoisers[0]
+
+        def look(_: Any, args: Any, kwargs: Any) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            found.append((denoiser.grid(denoiser.forward.arguments), hidden.shape[1]))
+
+        hook = denoiser.chain.blocks[0].register_forward_pre_hook(look, with_kwargs=True)
+        run(tiny, **LARGER.get(name, {}))
+        hook.remove()
+    mixed = [tokens for grid, tokens in found if grid is None]
+    assert set(mixed) == ({10} if name == "flux_cfg" else set())
+    grids = [(math.prod(grid), tokens) for grid, tokens in found if grid is not None]
+    assert len(set(grids)) == 2
+    assert all(places == tokens for places, tokens in grids)
+
+
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_the_text_bias_acts_in_the_small_stage_alone(family, baseline) -> None:
+@pytest.mark.parametrize("positions", ["native", "spread"])
+def test_the_text_bias_acts_in_the_small_stage_alone(family, positions, baseline) -> None:
     tiny, _ = built(family)
-    with accel.patched(tiny.pipe, Progressive()):
+    with accel.patched(tiny.pipe, Progressive(positions=positions)):
         plain = run(tiny)
-    with accel.patched(tiny.pipe, Progressive(text_bias=0.5)):
+    with accel.patched(tiny.pipe, Progressive(positions=positions, text_bias=0.5)):
         assert not torch.equal(run(tiny), plain)
     with accel.patched(tiny.pipe, Progressive(scales=(1.0,), shares=(1.0,), text_bias=0.5)):
         assert torch.equal(run(tiny), baseline(family))
