@@ -39,15 +39,13 @@ from demos.zoo import evaluate as judging
 RESULT = Path(__file__).parent / "results" / "zoo-staged.json"
 PLAN: dict[str, Any] = {
     "shares": (0.2, 0.3, 0.5),
-    "ends": (0.05, 0.3),
-    "shifts": (8.14, 2.86, 2.19),
-    "jump": 10.0,
-    "ratio": 0.4,
+    "ends": (0.05, 0.35),
+    "shifts": (8.14, 2.86, 1.5),
+    "jump": 20.0,
+    "ratio": 0.5,
     "positions": "spread",
 }
 LATE = {**PLAN, "ratio": 0.0, "shares": (0.15, 0.25, 0.6)}
-CYCLE = accel.PlainCycle(interval=2, warmup=2, reuse=accel.Newton(order=1))
-SPARSE = accel.PlainCycle(interval=3, warmup=1, reuse=accel.Newton(order=1))
 BOTTLENECK: dict[str, Any] = {
     "scale": 0.75,
     "shares": (0.3, 0.3, 0.4),
@@ -71,6 +69,14 @@ UPSAMPLED: dict[str, tuple[int, tuple[Any, ...]]] = {
     ),
 }
 """LSSGen beside Progressive with the same shares, which begins the full size noisier."""
+
+
+def computing(stages: str) -> accel.StepMask:
+    """A line through the last two computed calls elsewhere; stages are apart by spaces."""
+    mask = tuple(int(entry) for entry in stages.replace(" ", ""))
+    return accel.StepMask(mask, reuse=accel.Newton(order=1))
+
+
 ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
     "emoji-unet": {"untouched": (50, ()), **UPSAMPLED},
     "emoji-image": {
@@ -81,15 +87,15 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
             32,
             (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
         ),
-        "BottleneckSampling and PlainCycle": (
-            32,
-            (accel.BottleneckSampling(**BOTTLENECK), SPARSE),
+        "BottleneckSampling and StepMask": (
+            18,
+            (accel.BottleneckSampling(**BOTTLENECK), computing("11111 11010 11110101")),
         ),
         "RALU": (30, (accel.RALU(**PLAN),)),
         "RALU, fresh noise": (30, (accel.RALU(**PLAN, noise="fresh"),)),
         "RALU, random regions": (30, (accel.RALU(**PLAN, regions="random"),)),
         "RALU, all late": (30, (accel.RALU(**LATE),)),
-        "RALU and PlainCycle": (30, (accel.RALU(**PLAN), CYCLE)),
+        "RALU and StepMask": (20, (accel.RALU(**PLAN), computing("1111 110101 1111110101"))),
         **UPSAMPLED,
     },
     "emoji-video": {
