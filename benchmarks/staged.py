@@ -88,8 +88,8 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
             (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
         ),
         "BottleneckSampling and StepMask": (
-            18,
-            (accel.BottleneckSampling(**BOTTLENECK), computing("11111 11010 11110101")),
+            26,
+            (accel.BottleneckSampling(**BOTTLENECK), computing("11010101 11001001 1101001001")),
         ),
         "RALU": (30, (accel.RALU(**PLAN),)),
         "RALU, fresh noise": (30, (accel.RALU(**PLAN, noise="fresh"),)),
