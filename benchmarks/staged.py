@@ -87,9 +87,12 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
             32,
             (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
         ),
-        "BottleneckSampling and StepMask": (
-            26,
-            (accel.BottleneckSampling(**BOTTLENECK), computing("11010101 11001001 1101001001")),
+        "BottleneckSampling(up=15) and StepMask": (
+            20,
+            (
+                accel.BottleneckSampling(**{**BOTTLENECK, "up": 15.0}),
+                computing("111101 110101 11111101"),
+            ),
         ),
         "RALU": (30, (accel.RALU(**PLAN),)),
         "RALU, fresh noise": (30, (accel.RALU(**PLAN, noise="fresh"),)),
