@@ -47,9 +47,9 @@ PLAN: dict[str, Any] = {
 }
 LATE = {**PLAN, "ratio": 0.0, "shares": (0.15, 0.25, 0.6)}
 BOTTLENECK: dict[str, Any] = {
-    "scale": 0.75,
-    "shares": (0.3, 0.3, 0.4),
-    "up": 2.0,
+    "scale": 0.5,
+    "shares": (0.1, 0.3, 0.6),
+    "up": 30.0,
     "positions": "spread",
 }
 FEWER_FRAMES = accel.VGDFR(keep=0.67, look=0.15, tail=0)
@@ -82,17 +82,14 @@ ROWS: dict[str, dict[str, tuple[int, tuple[Any, ...]]]] = {
     "emoji-image": {
         "untouched": (50, ()),
         "untouched, 25 steps": (25, ()),
-        "BottleneckSampling": (32, (accel.BottleneckSampling(**BOTTLENECK),)),
+        "BottleneckSampling": (30, (accel.BottleneckSampling(**BOTTLENECK),)),
         "BottleneckSampling, fresh noise": (
-            32,
+            30,
             (accel.BottleneckSampling(**BOTTLENECK, noise="fresh"),),
         ),
-        "BottleneckSampling(up=15) and StepMask": (
+        "BottleneckSampling and StepMask": (
             20,
-            (
-                accel.BottleneckSampling(**{**BOTTLENECK, "up": 15.0}),
-                computing("111101 110101 11111101"),
-            ),
+            (accel.BottleneckSampling(**BOTTLENECK), computing("11 110101 111111010101")),
         ),
         "RALU": (30, (accel.RALU(**PLAN),)),
         "RALU, fresh noise": (30, (accel.RALU(**PLAN, noise="fresh"),)),
