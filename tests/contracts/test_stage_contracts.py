@@ -11,7 +11,7 @@ import accel
 
 SMALLER = accel.BottleneckSampling(shares=(0.25, 0.5, 0.25), up=1.5)
 STAGED = {
-    "flux_cfg": accel.RALU(shares=(0.25, 0.25, 0.5), ends=(0.1, 0.3), jump=6.0, ratio=0.5),
+    "flux_cfg": accel.RALU(shares=(0.25, 0.125, 0.625), ends=(0.1, 0.3), jump=6.0, ratio=0.5),
     "wan21": SMALLER,
     "sd15": SMALLER,
 }
@@ -32,9 +32,7 @@ def test_stages_beside_every_cache(name, family) -> None:
         assert torch.equal(run(tiny), alone)
     with accel.patched(tiny.pipe, STAGED[family], make(name, ACTIVE)) as handle:
         reused = run(tiny)
-        report = handle.report()
+        assert handle.report().share_computed < 1
         assert torch.equal(run(tiny), reused)
-    if name != "adacache":  # it looks at two steps of a stage first, and may not skip the last two
-        assert report.share_computed < 1
     assert torch.isfinite(reused).all()
     assert torch.equal(run(tiny), untouched)
