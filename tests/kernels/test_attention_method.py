@@ -7,18 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from attention_fakes import EMULATED, Fake, a_call
 from diffusers.models.attention_processor import AttnProcessor2_0
 from tiny_pipelines import TINY, built, run
 from torch.nn import functional
 
 import accel
-from accel import Attention, Recipe
+from accel import Attention
 from accel.attention_calls import AttentionCall, AttentionLayer, Interception, attention_layers
 from accel.kernels import attention, attention_fastest
-from accel.kernels.attention_precision import BUCKETS, Calibration, bucket
 from accel.kernels.attention_table import KERNELS, LOSSLESS, TorchBackend
 
-EMULATED = {"least": 1, "reference": True}
 SAME = 2e-5
 
 
@@ -54,22 +53,6 @@ def test_every_layer_of_every_family_is_reached_and_restored(tiny, baseline, mon
     assert seen == {layer.name for layer in attention_layers(denoiser(tiny.pipe))}
     assert processors(tiny.pipe) == before
     assert torch.equal(run(tiny), baseline(name))
-
-
-class Fake:
-    """A kernel made of a function."""
-
-    exact = True
-
-    def __init__(self, attend: Any, reason: str | None = None) -> None:
-        self.attend, self.reason, self.asked = attend, reason, 0
-
-    def why_not(self, query: torch.Tensor, reference: bool = False) -> str | None:
-        self.asked += 1
-        return self.reason
-
-    def run(self, call: AttentionCall) -> torch.Tensor:
-        return self.attend(call)
 
 
 @pytest.mark.parametrize("tiny", ["flux", "sd3", "pixart", "mochi", "sd15"], indirect=True)
@@ -177,18 +160,6 @@ def test_masks_that_differ_by_head_stay_with_torch() -> None:
         assert torch.equal(run(tiny), latents)
 
 
-def a_call(tokens: int = 64, **changes: Any) -> AttentionCall:
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 1, 2, tokens, 16)
-    layer = AttentionLayer("attn", None)
-    values = {"attn_mask": None, "is_causal": False, "scale": None, **changes}
-
-    def plain() -> torch.Tensor:
-        return functional.scaled_dot_product_attention(query, key, value)
-
-    return AttentionCall(layer, query, key, value, plain=plain, **values)
-
-
 def test_auto_pins_the_fastest_that_is_right(monkeypatch, caplog) -> None:
     call = a_call()
     kernels = {
@@ -216,60 +187,6 @@ def test_auto_is_exact_on_this_machine(baseline) -> None:
     tiny, _ = built("wan21")
     with accel.patched(tiny.pipe, Attention()):
         assert distance(run(tiny), baseline("wan21")) < SAME
-
-
-def test_the_adaptive_choice_reads_like_its_rule() -> None:
-    """The fastest within both bounds; a NaN is never within."""
-    call = a_call()
-    noise = torch.randn(1, 2, 64, 16)
-    for name, kernel in {
-        "coarse": Fake(lambda call: call.plain() + 0.5 * noise),
-        "fine": Fake(lambda call: call.plain() + 1e-4 * noise),
-        "nan": Fake(lambda call: call.plain() * float("nan")),
-    }.items():
-        KERNELS[name] = kernel
-    try:
-        found = Calibration(["nan", "coarse", "fine"], similarity=0.998, error=0.05)
-        output = found.attend(call, 0, ["nan", "coarse", "fine"])
-        assert torch.equal(output, call.plain())
-        found.attend(call, 1, ["coarse"])
-        assert found.plan() == {"attn": ("fine", "sdpa", "sdpa", "sdpa", "sdpa")}
-        generous = Calibration(["coarse"], similarity=0.01, error=1e9)
-        generous.attend(call, 4, ["coarse"])
-        assert generous.plan()["attn"][4] == "coarse"
-    finally:
-        for name in ("coarse", "fine", "nan"):
-            del KERNELS[name]
-
-
-def test_buckets_cover_the_schedule() -> None:
-    assert [bucket(place, 10) for place in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert bucket(0, 1) == 0
-    assert bucket(7, 7) == BUCKETS - 1
-
-
-def test_adaptive_measures_once_and_keeps_its_plan(baseline, tmp_path) -> None:
-    tiny, _ = built("wan21")
-    settings = {"similarity": 0.9, "error": 0.5, **EMULATED}
-    patch = accel.patch(tiny.pipe, Attention("adaptive", **settings))
-    assert torch.equal(run(tiny), baseline("wan21"))  # the first run measures and stays exact
-    (settled,) = patch.methods
-    names = {layer.name for layer in attention_layers(tiny.pipe.transformer)}
-    assert set(settled.plan) == names
-    assert {kernel for kernels in settled.plan.values() for kernel in kernels} == {"sage_int8_fp8"}
-    second = run(tiny)
-    assert not torch.equal(second, baseline("wan21"))
-    patch.recipe().save(tmp_path / "r.json")
-    accel.unpatch(tiny.pipe)
-    with accel.patched(tiny.pipe, recipe=Recipe.load(tmp_path / "r.json")):
-        assert torch.equal(run(tiny), second)
-
-
-def test_adaptive_keeps_exact_what_no_kernel_bears(baseline) -> None:
-    tiny, _ = built("wan21")
-    with accel.patched(tiny.pipe, Attention("adaptive", similarity=1.0, error=0.0, **EMULATED)):
-        for _ in range(2):
-            assert torch.equal(run(tiny), baseline("wan21"))
 
 
 @pytest.mark.parametrize("cache", [accel.FORA(interval=2), accel.PlainCycle(interval=2)])
