@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -137,6 +138,8 @@ class Adapters(nn.Module):
         self.guidance: Tensor | float = 1.0
         """Guidance scale ω of the forwards to come, or one for each row (b,)."""
         self._conditions: dict[str, tuple[Tensor, ...]] = {}
+        self._serve: Callable[[], Handle] | None = None
+        self._served: Handle | None = None
 
     # --- the work of a forward -----------------------------------------------------------------
 
@@ -197,11 +200,21 @@ class Adapters(nn.Module):
         for group in self.groups.values():
             if isinstance(group, CrossHosts):
                 group.folded = group.fold()
-        return self.attach(denoiser.module, denoiser.names)
+        self._serve = functools.partial(self.attach, denoiser.module, denoiser.names)
+        self._serve().remove()  # raises for another base
+        return Handle.together([Handle(self.restore), denoiser.when_forgetting(self.restore)])
 
     def begin(self, scale: float) -> None:
-        """A run at a guidance scale."""
+        """A run at a guidance scale: the hosts are hooked until it is over."""
         self.guidance = scale
+        if self._serve is not None and self._served is None:
+            self._served = self._serve()
+
+    def restore(self) -> None:
+        """Let the denoiser be as it was."""
+        if self._served is not None:
+            self._served.remove()
+            self._served = None
 
 
 class _Addition:

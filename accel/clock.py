@@ -17,8 +17,10 @@ class StepClock:
 
     step: int | None = None
     total: int = 0
+    start: int = 0
+    """The place in the schedule of the run's first step: above 0 for image-to-image."""
     timesteps: list[float] = field(default_factory=list)
-    """The scheduler's whole schedule; longer than `total` for image-to-image."""
+    """The scheduler's whole schedule; longer than `total` where a run makes a part of it."""
     log_snr: list[float] = field(default_factory=list)
     """log(signal/noise) at each of `timesteps`."""
     run: int = 0
@@ -31,6 +33,8 @@ class StepClock:
     """The clean latent that an image-to-image run noised, as the pipeline holds it."""
     prediction: str = "epsilon"
     """What the denoiser predicts: "flow", "epsilon", "v_prediction" or "sample"."""
+    guided: bool | None = None
+    """Whether the pipeline says that this run has guidance; None where it does not say."""
     staging: Any = None
     """The `StagedRun` of a method that samples in stages (see `accel.staging`)."""
 
@@ -39,18 +43,24 @@ class StepClock:
         """Length of the scheduler's whole schedule."""
         return len(self.timesteps)
 
+    @property
+    def place(self) -> int:
+        """Where in the schedule the step in progress is."""
+        assert self.step is not None  # asked during a run only
+        return self.start + self.step
+
     def begin(self, timesteps: list[float], log_snr: list[float] | None = None) -> None:
         """A new run over these timesteps: everybody forgets."""
         self.run += 1
-        self.step, self.total, self.timesteps = 0, len(timesteps), timesteps
+        self.step, self.total, self.start, self.timesteps = 0, len(timesteps), 0, timesteps
         self.log_snr = log_snr or [0.0] * len(timesteps)
-        self.clean = None
+        self.clean, self.guided = None, None
         for forget in self.listeners:
             forget()
 
-    def shorten(self, total: int) -> None:
-        """The loop makes only the last `total` steps of the schedule (known at its first step)."""
-        self.total = total
+    def shorten(self, total: int, start: int) -> None:
+        """The loop makes `total` steps of the schedule from `start` on; known at its first step."""
+        self.total, self.start = total, start
 
     def advance(self) -> None:
         """The scheduler finished a step."""

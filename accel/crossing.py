@@ -88,17 +88,18 @@ class Crossing:
         """Pixels in [−1, 1] of clean latent planes: (batch, 3, [frames,] height, width)."""
         vae = self._vae()
         mean, std = _statistics(vae, planes)
-        latents = planes * std + mean
+        latents = (planes * std + mean).to(vae.dtype)
         self.run.deciding = True
         try:
-            return vae.decode(latents[:, :, 0] if _is_flat(vae) else latents)[0]  # type: ignore[no-any-return]
+            pixels: Tensor = vae.decode(latents[:, :, 0] if _is_flat(vae) else latents)[0]
         finally:
             self.run.deciding = False
+        return pixels.to(planes.dtype)
 
     def encoded(self, pixels: Tensor) -> Tensor:
         """Clean latent planes of pixels in [−1, 1]; the inverse of `decoded`."""
         vae = self._vae()
-        latents = vae.encode(pixels).latent_dist.mode()
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode().to(pixels.dtype)
         latents = latents[:, :, None] if latents.dim() == 4 else latents
         mean, std = _statistics(vae, latents)
         return (latents - mean) / std  # type: ignore[no-any-return]

@@ -63,8 +63,8 @@ class Denoiser:
         self.outside: Callable[..., Any] | None = None
         """`outside(call, args, kwargs)` stands before everything else: stages change sizes."""
         self.budget: Budget | None = None
-        self.first_call: Callable[[int], None] = lambda latents: None
-        """Called at a run's first step with the number of latent values of one sample."""
+        self.first_call: Callable[[int, Any], None] = lambda latents, timestep: None
+        """Called at a run's first step with the number of latent values of one sample, and t."""
         self.guard: Guard | None = None
         self.names = parameters(module)
         self.forgetting: list[Callable[[], Any]] = []
@@ -268,8 +268,9 @@ class Denoiser:
         if self.reported != self.clock.run:
             self.reported, self.rows, self.memory_bytes = self.clock.run, [], 0
         if self.clock.step == 0:
-            latent = Arguments(self.names, args, kwargs).get(self.family.latent)
-            self.first_call(latent[0].numel())
+            arguments = Arguments(self.names, args, kwargs)
+            latent = arguments.get(self.family.latent)
+            self.first_call(latent[0].numel(), arguments.get("timestep"))
         run = partial(self._run_branch, original)
         call = partial(self._between, run) if self._between is not None else partial(run, None)
         return call(args, kwargs) if self.outside is None else self.outside(call, args, kwargs)
@@ -285,10 +286,9 @@ class Denoiser:
         clock = self.clock
         assert clock.step is not None  # called during a run only
         arguments = Arguments(self.names, args, kwargs)
-        place = clock.step + clock.schedule - clock.total
         state = self._branches.state(arguments, branch or self._branches.called())
         returning = state.last is not None and clock.step - state.last > 1
-        forward = Forward(state, clock.step, clock.total, place, clock, arguments, returning)
+        forward = Forward(state, clock.step, clock.total, clock.place, clock, arguments, returning)
         state.last = clock.step
         run = partial(original, *args, **kwargs)
         began = time.perf_counter()

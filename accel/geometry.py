@@ -35,6 +35,19 @@ def token_grid(module: Any, family: Family, arguments: Arguments) -> Grid:
     return (frames // sizes[0], shape[-2] // sizes[1], shape[-1] // sizes[2])
 
 
+def predicted(module: Any, family: Family, latent: Any) -> tuple[int, int]:
+    """The axis of a latent's channels, and how many of them the denoiser predicts.
+
+    Those beyond are conditions, without noise (image-to-video, fill).
+    """
+    packed = latent.dim() == 3
+    axis = 2 if packed or family.frames_first else 1
+    count = getattr(module.config, "out_channels", None) or latent.shape[axis]
+    if packed:  # Qwen-Image counts the channels of a latent pixel, of which a token holds several
+        count *= (getattr(module.config, "patch_size", None) or 1) ** 2
+    return axis, min(count, latent.shape[axis])
+
+
 def prediction_kind(scheduler: Any) -> str:
     """What the denoiser predicts: "flow", or the scheduler's own word ("epsilon", …)."""
     config = scheduler.config
@@ -46,13 +59,15 @@ def prediction_kind(scheduler: Any) -> str:
 def log_signal_to_noise(scheduler: Any) -> list[float]:
     """λ = log(a/b) for each timestep of the schedule, where the latent is a·data + b·noise.
 
-    Flow matching: a = 1 − t, b = t, with t the timestep over the training steps. Otherwise from
+    Flow matching: a = 1 − t, b = t, with t the timestep over the training steps (the other way
+    round where the scheduler inverts its sigmas, as Mochi's does). Otherwise from
     `alphas_cumprod`, or where a scheduler has only `sigmas` (b/a), from those.
     """
     config, timesteps = scheduler.config, scheduler.timesteps.tolist()
     train = config.get("num_train_timesteps", 1000)
     if prediction_kind(scheduler) == "flow":
-        noise = [min(max(t / train, _MARGIN), 1 - _MARGIN) for t in timesteps]
+        levels = [1 - t / train if config.get("invert_sigmas") else t / train for t in timesteps]
+        noise = [min(max(level, _MARGIN), 1 - _MARGIN) for level in levels]
         return [math.log((1 - b) / b) for b in noise]
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is not None:
@@ -61,3 +76,22 @@ def log_signal_to_noise(scheduler: Any) -> list[float]:
         return [0.5 * math.log(a / (1 - a)) for a in signal]
     sigmas = scheduler.sigmas.tolist()[: len(timesteps)]
     return [-math.log(max(sigma, _MARGIN)) for sigma in sigmas]
+
+
+def first_place(scheduler: Any, total: int, timestep: Any) -> int:
+    """Where in its schedule a run of `total` steps begins, known at its first denoiser call.
+
+    The scheduler says it, or where it keeps no count (DDIM) the schedule's timestep nearest to the
+    denoiser's.
+    """
+    timesteps: list[float] = scheduler.timesteps.tolist()
+    last = len(timesteps) - total
+    if last == 0:
+        return 0
+    for name in ("begin_index", "step_index"):
+        known = getattr(scheduler, name, None)
+        if known is not None:
+            return int(known)
+    t = float(torch.as_tensor(timestep).flatten()[0])
+    places: tuple[int, ...] = (last, 0, *range(last))
+    return min(places, key=lambda place: abs(timesteps[place] - t))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from accel.family import ENCODER, Arguments, Family
+from accel.family import ENCODER, Arguments
+from accel.geometry import predicted
 from accel.method import AccelError, Handle
 from accel.model_calls import dressed, predictions, stacked
 from accel.report import StepRow
@@ -92,8 +93,7 @@ class _Branches:
         self.choice = "full"
         self.cond: Tensor | None = None
         self.calls = 0
-        self.unguided: tuple[int, int] | None = None
-        self.doubled = False
+        self.doubled, self.rows = False, 0
 
     def restart(self) -> None:
         """What the policy remembers is of another run, or of another size."""
@@ -106,8 +106,7 @@ class _Branches:
         arguments = Arguments(denoiser.names, args, kwargs)
         if clock.run != self.run:
             self.run, self.policy, self.step = clock.run, self.make(), -1
-            self.doubled = is_doubled(denoiser, arguments)
-            self.unguided = None
+            self.doubled, self.rows = is_doubled(denoiser, arguments), self._count(arguments)
         if clock.step != self.step:
             self._check_last_step()
             self.step, self.calls = clock.step, 0
@@ -119,9 +118,16 @@ class _Branches:
         return self._sequential(run, arguments)
 
     def _check_last_step(self) -> None:
-        """A step of two-call guidance must have had its second call."""
-        if self.step >= 0 and self.calls == 1 and self.denoiser.family.guidance == "sequential":
+        """The first step of two-call guidance must have had its second call.
+
+        A later one without it is where a callback, or the model's pipeline, ended guidance.
+        """
+        if self.step == 0 and self.calls == 1 and self.denoiser.family.guidance == "sequential":
             raise AccelError(self._off())
+
+    def _count(self, arguments: Arguments) -> int:
+        """Rows of the batch."""
+        return len(arguments.get(self.denoiser.family.latent))
 
     def _off(self) -> str:
         return (
@@ -134,7 +140,7 @@ class _Branches:
         args, kwargs = arguments.args, arguments.kwargs
         if self.choice == "zero" and self.calls <= 2:
             self._note(("cond", "uncond")[self.calls - 1])
-            return _zeros(arguments, self.denoiser.family)
+            return _zeros(arguments, self.denoiser)
         if self.calls == 1:
             output = run(None, args, kwargs)
             self.cond, self.dress = predictions(output)[0], dressed(output)
@@ -151,10 +157,12 @@ class _Branches:
     def _batched(self, run: Callable[..., Any], arguments: Arguments) -> Any:
         if not self.doubled:
             raise AccelError(self._off())
+        if self._count(arguments) != self.rows:  # guidance ended during the run
+            return run(None, arguments.args, arguments.kwargs)
         if self.choice == "zero":
             self._note("cond")
             self._note("uncond")
-            return _zeros(arguments, self.denoiser.family)
+            return _zeros(arguments, self.denoiser)
         context = self._context(arguments)
         args, kwargs = arguments.args, arguments.kwargs
         order = (0, 1) if self.denoiser.family.cond_first else (1, 0)
@@ -186,7 +194,6 @@ class _Branches:
     def _context(self, arguments: Arguments) -> GuidanceContext:
         clock, denoiser = self.denoiser.clock, self.denoiser
         assert clock.step is not None  # asked during a run only
-        place = clock.step + clock.schedule - clock.total
 
         def planes(x: Tensor) -> Tensor:
             return _planes(x, denoiser, arguments)
@@ -197,8 +204,8 @@ class _Branches:
         return GuidanceContext(
             step=clock.step,
             total=clock.total,
-            timestep=clock.timesteps[place],
-            log_snr=clock.log_snr[place],
+            timestep=clock.timesteps[clock.place],
+            log_snr=clock.log_snr[clock.place],
             planes=planes,
             tokens=tokens,
             latent=stacked(arguments.get(denoiser.family.latent)),
@@ -207,7 +214,7 @@ class _Branches:
 
 def is_doubled(denoiser: Denoiser, arguments: Arguments) -> bool:
     """Whether the latent holds the same batch twice, as batched guidance makes it."""
-    if denoiser.family.guidance != "batched":
+    if denoiser.family.guidance != "batched" or denoiser.clock.guided is False:
         return False
     latent = stacked(arguments.get(denoiser.family.latent))
     if latent is None or len(latent) % 2:
@@ -253,11 +260,15 @@ def _rows(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 1
 
 
-def _zeros(arguments: Arguments, family: Family) -> Any:
+def _zeros(arguments: Arguments, denoiser: Denoiser) -> Any:
     """A prediction of zeros in the form that the pipeline expects."""
-    latent = arguments.get(family.latent)
-    made = list(map(torch.zeros_like, latent if isinstance(latent, list) else [latent]))
-    zeros = made if isinstance(latent, list) else made[0]
+    latent = arguments.get(denoiser.family.latent)
+    zeros: Any
+    if isinstance(latent, list):
+        zeros = list(map(torch.zeros_like, latent))
+    else:
+        axis, count = predicted(denoiser.module, denoiser.family, latent)
+        zeros = torch.zeros_like(latent).narrow(axis, 0, count)
     if arguments.get("return_dict") is False:
         return (zeros,)
     from diffusers.models.modeling_outputs import Transformer2DModelOutput

@@ -8,6 +8,7 @@ This is the only file of the package that touches private parts of torch or diff
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -74,12 +75,18 @@ def _delegate(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _new(base: type, *args: Any) -> Any:
+    return base.__new__(base, *args)
+
+
 def _reduce_as(base: type) -> Callable[[Any, Any], Any]:
     """Reduce to the original class without our state, for `copy` and `pickle`."""
 
     def reduce(self: Any, protocol: Any) -> Any:
         reduced: Any = super(type(self), self).__reduce_ex__(protocol)
         constructor, arguments, *rest = reduced
+        if constructor is copyreg.__newobj__:  # type: ignore[attr-defined]
+            constructor = _new
         arguments = tuple(base if item is type(self) else item for item in arguments)
         if rest and isinstance(rest[0], dict):
             rest[0] = {key: value for key, value in rest[0].items() if key not in PRIVATE}

@@ -213,11 +213,6 @@ class Form:
         counts = torch.bincount(spread).reshape(shape).to(sums)
         return self.shaped(sums / counts.sqrt(), layout.grid)
 
-    @property
-    def channels(self) -> int:
-        """The axis of channels."""
-        return 2 if self.packed or self.frames_first else 1
-
     def put(self, live: Tensor, layout: Layout) -> Tensor:
         """A full-size tensor that shows the live part: its pixels repeated."""
         if layout.whole:

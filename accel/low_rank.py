@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from accel.adapter_hosts import fitting, shape_of
 from accel.hooks import is_group_offloaded
-from accel.method import Handle
+from accel.method import AccelError, Handle
 
 if TYPE_CHECKING:
     from accel.denoiser import Denoiser
@@ -98,6 +98,7 @@ class LowRank(nn.Module):
         self.guidance: Tensor | float = 1.0
         """Guidance scale ω of the calls to come, or one for each row (b,)."""
         self._served: dict[str, Any] = {}
+        self._parts: list[nn.Module] = []
         self._moving = False
         self._undo: list[Callable[[], None]] = []
 
@@ -115,6 +116,7 @@ class LowRank(nn.Module):
     def serve(self, denoiser: Denoiser) -> Handle:
         """Be there for a patched denoiser's runs; raises `AccelError` for another base."""
         self._served = self._hosts(denoiser.module)
+        self._parts = list(denoiser.module.modules())
         self._moving = is_group_offloaded(denoiser.module)
         return Handle.together([Handle(self.restore), denoiser.when_forgetting(self.restore)])
 
@@ -126,6 +128,11 @@ class LowRank(nn.Module):
         if self._undo and scale == self.guidance:
             return
         self.restore()
+        if any(getattr(part, "fused_projections", False) for part in self._parts):
+            raise AccelError(
+                "these adapters change the weights of to_q, to_k and to_v, of which "
+                "fuse_qkv_projections made copies; pipe.unfuse_qkv_projections() first"
+            )
         self.guidance = scale
         for path, host in self._served.items() if scale != 1 else ():
             if _is_plain(host.weight) and not self._moving:

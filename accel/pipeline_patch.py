@@ -11,7 +11,7 @@ from typing import Any
 from accel import registry
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
-from accel.geometry import log_signal_to_noise, prediction_kind
+from accel.geometry import first_place, log_signal_to_noise, prediction_kind
 from accel.guard import Guard
 from accel.hooks import PATCH, call_arguments, call_length, is_compiled_whole, override
 from accel.memory_budget import Budget
@@ -247,9 +247,11 @@ class Patch:
             self._clock.clean = args[0] if args else next(iter(kwargs.values()))
         return original(*args, **kwargs)
 
-    def _first_call(self, latents: int) -> None:
+    def _first_call(self, latents: int, timestep: Any) -> None:
         self._stay_valid(latents=latents)
-        self._clock.shorten(call_length(self._pipe, self._clock.schedule))
+        total = call_length(self._pipe, self._clock.schedule)
+        self._clock.shorten(total, first_place(self._scheduler, total, timestep))
+        self._clock.guided = getattr(self._pipe, "do_classifier_free_guidance", None)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._running and self._clock.staging is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,7 @@ import torch
 from accel import staged_scheduler
 from accel.crossing import Crossing
 from accel.family import Arguments
+from accel.geometry import predicted
 from accel.hooks import override
 from accel.layout import Form, Layout
 from accel.method import AccelError, Handle
@@ -187,8 +189,8 @@ class StagedRun:
         assert self.form is not None
         if self.step:
             return self.form.take(latent, self.layout)
-        axis, count = self.form.channels, getattr(denoiser.module.config, "out_channels", None)
-        noise, conditions = latent.tensor_split((count or latent.shape[axis],), axis)
+        axis, count = predicted(denoiser.module, denoiser.family, latent)
+        noise, conditions = latent.tensor_split((count,), axis)
         parts = self.form.pooled(noise, self.layout), self.form.take(conditions, self.layout)
         return torch.cat(parts, axis)
 
@@ -197,8 +199,8 @@ class StagedRun:
         clock, family = denoiser.clock, denoiser.family
         if clock.total != clock.schedule:
             raise AccelError(
-                f"{self.name}: this run starts in the middle of its schedule (image-to-image); "
-                "staged sampling starts from noise"
+                f"{self.name}: this run makes a part of its schedule alone (image-to-image, "
+                "denoising_end); staged sampling starts from noise and goes to the end"
             )
         for name, value in arguments.kwargs.items():
             if any(part in name for part in _CONTROLS) and value is not None:
@@ -212,6 +214,11 @@ class StagedRun:
         latent = arguments.get(family.latent)
         self.form = Form.of(family, latent)
         self._full = self.form.grid(denoiser.module, family, arguments)
+        if self.form.packed and latent.shape[1] != math.prod(self._full):
+            raise AccelError(
+                f"{self.name}: this pipeline appends {latent.shape[1] - math.prod(self._full)} "
+                "tokens of a reference picture to the latent, which stages do not resize"
+            )
         self._patches = _patches(denoiser, self.form)
         for each in self.stages:
             self.grid(each.scale)

@@ -110,13 +110,15 @@ class LinearAG:
         def settle() -> None:
             if fit.grams and fit.run == clock.completed:
                 found[:] = fit.solved()
-                fit.grams = []
+                fit.grams = {}
 
         def policy() -> _Forecast | _Fit:
             settle()
             if found and len(found) == clock.total:
                 return _Forecast(self, found)
-            fit.run, fit.grams, fit.past = clock.run, [], _Past()
+            if fit.run != clock.run:
+                fit.run, fit.total, fit.grams = clock.run, clock.total, {}
+            fit.past = _Past()  # of another size, where the policy is made anew during a run
             return fit
 
         def settled() -> LinearAG:
@@ -150,7 +152,8 @@ class _Forecast:
     def begin(self, context: GuidanceContext) -> str:
         early = context.step < self.settings.share * context.total
         guided = early and context.step % self.settings.interval == 0
-        return "full" if context.step < 2 or guided else "cond"
+        known = len(self.past.cond) == 2 and any(self.coefficients[context.step])
+        return "full" if guided or not known else "cond"
 
     def full(self, context: GuidanceContext, cond: Tensor, uncond: Tensor) -> Tensor:
         self.past.add(cond, uncond)
@@ -168,8 +171,8 @@ class _Fit:
     """Leaves nothing out; for each step the products of all terms and u with one another."""
 
     def __init__(self) -> None:
-        self.run, self.past = -1, _Past()
-        self.grams: list[Tensor] = []
+        self.run, self.total, self.past = -1, 0, _Past()
+        self.grams: dict[int, Tensor] = {}
 
     def begin(self, context: GuidanceContext) -> str:
         return "full"
@@ -177,7 +180,7 @@ class _Fit:
     def full(self, context: GuidanceContext, cond: Tensor, uncond: Tensor) -> Tensor:
         terms = [each.double().flatten() for each in (*self.past.terms(cond), uncond)]
         stacked = torch.stack(terms)
-        self.grams.append((stacked @ stacked.T).cpu())
+        self.grams[context.step] = (stacked @ stacked.T).cpu()
         self.past.add(cond, uncond)
         return uncond
 
@@ -185,11 +188,14 @@ class _Fit:
         return cond  # never asked: every step is full
 
     def solved(self) -> list[tuple[float, ...]]:
-        """Least squares with a ridge of a millionth; zeros where terms are missing."""
-        rows = []
-        for gram in self.grams:
+        """A row for each step: least squares with a ridge of a millionth.
+
+        Zeros, never forecast with, in the first two steps and in those of another denoiser.
+        """
+        rows = [(0.0,) * TERMS] * self.total
+        for step, gram in self.grams.items():
             known, target = gram[:-1, :-1], gram[:-1, -1]
-            ridge = 1e-6 * known.diagonal().mean() * torch.eye(len(known), dtype=known.dtype)
-            row = torch.linalg.solve(known + ridge, target).tolist()
-            rows.append((*row, *[0.0] * (TERMS - len(row))))
+            if len(known) == TERMS:
+                ridge = 1e-6 * known.diagonal().mean() * torch.eye(TERMS, dtype=known.dtype)
+                rows[step] = tuple(torch.linalg.solve(known + ridge, target).tolist())
         return rows

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from accel.adapter_hosts import weight_hosts
-from accel.attention_calls import AttentionCall, AttentionLayer, Interception, attention_layers
+from accel.attention_calls import AttentionCall, AttentionLayer, attention_layers, intercept
 from accel.denoiser import Denoiser
 from accel.family import ENCODER, Arguments
 from accel.guidance import half, is_doubled
@@ -69,7 +69,7 @@ class SpeedUpNet:
         handles = [net.weights.serve(denoiser)]
         try:
             handles.append(denoiser.between(branch.call, "SpeedUpNet"))
-            handles.append(Handle(Interception(layers, branch.attend).remove))
+            handles.append(intercept(denoiser, layers, branch.attend))
         except BaseException:
             Handle.together(handles).remove()
             raise
@@ -200,6 +200,8 @@ class _OneBranch:
         self.denoiser, self.net = denoiser, net
         self.texts: tuple[Tensor, Tensor] | None = None
         """Prompt and negative prompt of the call in flight."""
+        self.seen: set[str] = set()
+        """Layers whose attention took both texts in this call."""
 
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pipeline calls the denoiser with the negative half first."""
@@ -212,11 +214,12 @@ class _OneBranch:
         negative, prompt = arguments.get(ENCODER).chunk(2)
         self.net.to(prompt)
         self.net.weights.begin(WHOLE)
-        self.texts = prompt, negative
+        self.texts, self.seen = (prompt, negative), set()
         try:
             output = run(Branch("cond", 0), *half(arguments, 1))
         finally:
             self.texts = None
+        self._check_layers()
         rows = self.denoiser.rows
         left_out = StepRow(
             self.denoiser.name, "uncond", rows[-1].step, "left out", 0, 0, rows[-1].blocks
@@ -224,11 +227,21 @@ class _OneBranch:
         rows.append(left_out)
         return dressed(output)(torch.cat((output[0], output[0])))
 
+    def _check_layers(self) -> None:
+        """In a run's first step, which is computed, every layer must have come by."""
+        missed = {name.replace(":", ".") for name in self.net.layers} - self.seen
+        if missed and self.denoiser.clock.step == 0:
+            raise AccelError(
+                f"SpeedUpNet: {len(missed)} cross-attention layers, first {min(missed)!r}, have a "
+                "processor that does not call scaled_dot_product_attention (attention slicing?)"
+            )
+
     def attend(self, call: AttentionCall) -> Tensor:
         """Cross-attention in one layer."""
         attended = call.plain()
         if self.texts is None:
             return attended
+        self.seen.add(call.layer.name)
         layer = self.net.layers[call.layer.name.replace(".", ":")]
         mixed: Tensor = layer(attended, call.query, *self.texts)
         return mixed

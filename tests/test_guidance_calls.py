@@ -10,6 +10,7 @@ import pytest
 import torch
 from contract_cases import ACTIVE, GENERAL, IDENTITY, make
 from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image
 from tiny_pipelines import TINY, Tiny, built, run
 
 import accel
@@ -146,3 +147,75 @@ def test_controlnet_residuals_between_blocks(name) -> None:
         result = run(tiny)
         assert handle.report().hit_rate > 0
     assert (result - plain).abs().max() < 1, "a residual was added twice or lost"
+
+
+def ended(step: int) -> Any:
+    """A callback that ends guidance after `step`, as diffusers' own cut-off does."""
+
+    def end(pipe: Any, now: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if now == step:
+            pipe._guidance_scale = 0.0 if "prompt_embeds" in tensors else 1.0
+            if "prompt_embeds" in tensors:
+                tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    return end
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_guidance_that_ends_in_a_run_of_one_batch(rows) -> None:
+    """What is left are the conditional rows, two of which are not the halves of one."""
+    tiny, _ = built("sd15")
+    call = {
+        "prompt": ["a cat", "zebra"][:rows],
+        "negative_prompt": ["dog"] * rows,
+        "callback_on_step_end": ended(3),
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    untouched = run(tiny, **call)
+    with accel.patched(tiny.pipe, accel.CfgCache(interval=1)):
+        assert torch.allclose(run(tiny, **call), untouched, rtol=1e-4, atol=1e-4)
+    with accel.patched(tiny.pipe, accel.CfgCache()) as handle:
+        assert torch.isfinite(run(tiny, **call)).all()
+        assert handle.report().share_computed < 1
+
+
+def test_guidance_that_ends_in_a_run_of_two_calls() -> None:
+    tiny, _ = built("wan21")
+    untouched = run(tiny, callback_on_step_end=ended(3))
+    with accel.patched(tiny.pipe, accel.CfgCache(interval=1)):
+        assert torch.equal(run(tiny, callback_on_step_end=ended(3)), untouched)
+
+
+def test_two_pictures_of_one_seed_are_not_taken_for_guidance() -> None:
+    tiny, _ = built("sd15")
+    call = {"prompt": ["a cat", "zebra"], "negative_prompt": None, "guidance_scale": 1.0}
+    same = [torch.Generator().manual_seed(3) for _ in range(2)]
+    with (
+        accel.patched(tiny.pipe, accel.CfgCache()),
+        pytest.raises(accel.AccelError, match="guidance is off"),
+    ):
+        run(tiny, **call, generator=same)
+
+
+def test_zero_steps_of_a_model_with_condition_channels() -> None:
+    """Wan image-to-video: the input has more channels than the prediction."""
+    base = TINY["wan21"]().pipe
+    torch.manual_seed(0)
+    wide = dict(base.transformer.config) | {"in_channels": 10}
+    parts = base.components | {"transformer": diffusers.WanTransformer3DModel.from_config(wide)}
+    parts |= {"image_encoder": None, "image_processor": None}
+    pipe = diffusers.WanImageToVideoPipeline(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    prompt, negative = base.encode_prompt("a cat", "dog", max_sequence_length=16)
+    call = {
+        "image": Image.new("RGB", (16, 16)),
+        "prompt_embeds": prompt,
+        "negative_prompt_embeds": negative,
+        "num_inference_steps": 8,
+        "output_type": "latent",
+    }
+    with accel.patched(pipe, accel.CfgZeroStar(zero=0.3)) as handle:
+        made = pipe(**call, height=16, width=16, num_frames=5).frames
+        assert handle.report().share_computed < 1
+    assert torch.isfinite(made).all()

@@ -1,5 +1,8 @@
 """`accel.patch` and `accel.unpatch`: twice, failing, refused, with the recipe beside the model."""
 
+import io
+import pickle
+
 import diffusers
 import pytest
 import torch
@@ -85,3 +88,15 @@ def test_without_methods_the_recipe_beside_the_model_is_used(tmp_path, caplog) -
     accel.Recipe.of((CYCLE,)).save(tmp_path / "accel_recipe.json")
     loaded = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert accel.patch(loaded).methods == (CYCLE,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_pickle_of_a_patched_model_is_a_plain_one(protocol) -> None:
+    tiny, _ = built("sd15")
+    with accel.patched(tiny.pipe, accel.PlainCycle(2)):
+        run(tiny)
+        copied = pickle.loads(pickle.dumps(tiny.pipe.unet, protocol))
+        assert type(copied) is diffusers.UNet2DConditionModel
+        weights = zip(copied.parameters(), tiny.pipe.unet.parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in weights)
+        torch.save(tiny.pipe.scheduler, io.BytesIO())

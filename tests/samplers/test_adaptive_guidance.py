@@ -45,8 +45,10 @@ def test_an_exact_combination_is_found_and_forecast() -> None:
         terms = [cond[step], cond[step - 1], cond[step - 2], uncond[-1], uncond[-2]]
         uncond.append(sum(a * term for a, term in zip(true, terms, strict=True)))
     fit = _Fit()
-    for c, u in zip(cond, uncond, strict=True):
-        fit.full(None, c, u)  # type: ignore[arg-type]
+    fit.total = steps
+    for step in range(steps):
+        now: Any = SimpleNamespace(step=step)
+        fit.full(now, cond[step], uncond[step])
     rows = fit.solved()
     for row in rows[2:]:
         assert torch.allclose(torch.tensor(row), torch.tensor(true), atol=1e-3)
@@ -75,3 +77,21 @@ def test_coefficients_travel_in_a_recipe() -> None:
 def test_bad_settings_are_refused(settings) -> None:
     with pytest.raises(accel.AccelError, match=next(iter(settings))):
         accel.LinearAG(**settings)
+
+
+def test_beside_stages_each_stage_is_measured_and_forecast() -> None:
+    """A stage of another size makes the policy anew in the middle of a run."""
+    tiny, _ = built("flux_cfg")
+    with accel.patched(tiny.pipe, accel.LinearAG(share=0.0), accel.Progressive()) as handle:
+        run(tiny)
+        assert handle.report().share_computed == 1.0
+        run(tiny)
+        assert handle.report().share_computed < 1.0
+
+
+def test_two_denoisers_share_a_run() -> None:
+    tiny, _ = built("wan22")
+    with accel.patched(tiny.pipe, accel.LinearAG()) as handle:
+        run(tiny)
+        run(tiny)
+        assert handle.report().share_computed < 1.0

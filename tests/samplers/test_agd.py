@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_pipelines import built, run
+from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import model_zoo, registry
@@ -266,3 +267,29 @@ def test_shipped_adapters_work_with_a_lora() -> None:
     assert not torch.equal(found, alone)
     assert (found - guided).norm() < 0.9 * (plain - guided).norm()
     assert torch.equal(latents(pipe, call), guided)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_adapters_act_in_the_pipelines_runs_alone(variant, tmp_path) -> None:
+    tiny, _ = built("sd15")
+    unet, text = tiny.pipe.unet, torch.randn(1, 77, text_width(tiny))
+    folder = saved("sd15", tmp_path, variant, strength=0.3)
+
+    def alone(model: Any) -> torch.Tensor:
+        return model(torch.ones(1, 4, 8, 8), 500, encoder_hidden_states=text).sample
+
+    before = alone(unet)
+    with accel.patched(tiny.pipe, accel.AGD(folder)):
+        run(tiny)
+        assert torch.equal(alone(unet), before)
+        assert torch.equal(alone(copy.deepcopy(unet)), before)
+
+
+def test_fused_projections_are_refused(tmp_path) -> None:
+    tiny = TINY["sd15"]()
+    folder = saved("sd15", tmp_path, "low_rank", strength=0.3)
+    with accel.patched(tiny.pipe, accel.AGD(folder)):
+        run(tiny)
+        tiny.pipe.fuse_qkv_projections()
+        with pytest.raises(accel.AccelError, match="unfuse_qkv_projections"):
+            run(tiny)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import STEPS, built, run
+from tiny_pipelines import STEPS, TINY, built, run
 
 import accel
 from accel.samplers.speed_up_net import fresh
@@ -108,3 +109,24 @@ def test_wrong_files_models_and_calls_are_refused(adapter, tmp_path) -> None:
     ):
         run(tiny, guidance_scale=1.0)
     assert torch.equal(run(tiny), baseline)
+
+
+def test_processors_that_are_exchanged_are_followed(adapter) -> None:
+    tiny = TINY["sd15"]()
+    with accel.patched(tiny.pipe, accel.SpeedUpNet(path=str(adapter))):
+        before = [run(tiny, **CALL), run(tiny, **CALL | {"negative_prompt": "zebra"})]
+        tiny.pipe.unet.set_attn_processor(AttnProcessor2_0())
+        after = [run(tiny, **CALL), run(tiny, **CALL | {"negative_prompt": "zebra"})]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_layers_that_cannot_be_followed_are_said(adapter) -> None:
+    tiny = TINY["sd15"]()
+    with accel.patched(tiny.pipe, accel.SpeedUpNet(path=str(adapter))):
+        tiny.pipe.enable_attention_slicing()
+        with pytest.raises(accel.AccelError, match="scaled_dot_product_attention"):
+            run(tiny, **CALL)
+        tiny.pipe.disable_attention_slicing()
+        tiny.pipe.fuse_qkv_projections()
+        with pytest.raises(accel.AccelError, match="unfuse_qkv_projections"):
+            run(tiny, **CALL)

@@ -10,11 +10,13 @@ from typing import Any
 import diffusers as d
 import pytest
 import torch
+from PIL import Image
 from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import AccelError, BottleneckSampling, Progressive, generate, model_zoo
 from accel.attention_calls import AttentionCall
+from accel.family import Family
 from accel.layout import Form, Layout
 from accel.staging import StagedRun
 from accel.text_bias import biased
@@ -133,7 +135,9 @@ def test_conditions_in_further_channels_are_not_pooled(noise) -> None:
     form, layout = Form(packed=False, flat=True), Layout.resized((1, 4, 4), (1, 2, 2))
     run_ = StagedRun(Progressive(noise=noise), "Progressive", noise=noise)
     run_.form, run_.layout = form, layout
-    unet = SimpleNamespace(module=SimpleNamespace(config=SimpleNamespace(out_channels=4)))
+    unet = SimpleNamespace(
+        module=SimpleNamespace(config=SimpleNamespace(out_channels=4)), family=Family("unet", ())
+    )
     latent = torch.randn(1, 9, 4, 4, generator=torch.Generator().manual_seed(0))
     live = run_._live(latent, unet)
     assert torch.equal(live[:, :4], form.pooled(latent[:, :4], layout))
@@ -317,3 +321,15 @@ def test_the_text_bias_acts_in_the_small_stage_alone(family, positions, baseline
     with accel.patched(tiny.pipe, Progressive(scales=(1.0,), shares=(1.0,), text_bias=0.5)):
         assert torch.equal(run(tiny), baseline(family))
     assert torch.equal(run(tiny), baseline(family))
+
+
+def test_reference_pictures_in_the_sequence_are_refused() -> None:
+    """FLUX Kontext appends them to the latent's tokens."""
+    tiny, _ = built("flux_cfg")
+    pipe = d.FluxKontextPipeline(**tiny.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"image": Image.new("RGB", (16, 16)), "max_area": 256, "_auto_resize": False}
+    call |= {key: value for key, value in tiny.call.items() if "true_cfg" not in key}
+    for method in (Progressive(), BottleneckSampling(), accel.RALU()):
+        with accel.patched(pipe, method), pytest.raises(AccelError, match="reference picture"):
+            pipe(**call)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_pipelines import built, run
+from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import VGDFR, AccelError
@@ -106,3 +106,14 @@ def test_pictures_and_wrong_settings_are_refused() -> None:
     for wrong in ({"keep": 0.2}, {"look": 0}, {"tail": -1}, {"global_layers": "some"}):
         with pytest.raises(AccelError):
             VGDFR(**wrong)
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_vae_in_half_precision_is_given_its_own_type(name) -> None:
+    tiny = TINY[name]()
+    tiny.pipe.vae.to(torch.bfloat16)
+    call = {"num_frames": FRAMES[name]}
+    with accel.patched(tiny.pipe, VGDFR(keep=0.6, tail=0, similarity=-1.0)):
+        made = run(tiny, **call)
+    assert made.dtype == torch.float32
+    assert torch.isfinite(made).all()
