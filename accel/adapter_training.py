@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from accel import adapter_files
+from accel import adapter_files, batch_items
 from accel.adapter_files import VARIANTS
 from accel.adapter_hosts import attention_hosts, weight_hosts
 from accel.adapters import AdapterConfig, Adapters
@@ -311,13 +311,7 @@ def train(
     work: Path | None = None,
 ) -> dict[str, Any]:
     """Train adapters for `model` on a prompt file and write them to `output`."""
-    try:
-        lines = prompts.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise AccelError(f"--prompts {prompts}: cannot be read ({error.strerror})") from error
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise AccelError(f"--prompts {prompts}: holds no prompt")
+    lines = batch_items.prompt_lines(prompts)
     trainer = Trainer(model, lines, plan, work or output / "work")
     adapters, state = trainer.train(say)
     notes = {"model": model, **asdict(plan), "prompts": prompts.name, **state}

@@ -87,6 +87,15 @@ def read(source: str, seeds: tuple[int, ...] = (), base_seed: int = 0) -> list[I
     return items
 
 
+def prompt_lines(file: Path, count: int | None = None) -> list[str]:
+    """The first `count` prompts, or all, of a file of one a line; `AccelError` as `read` raises."""
+    lines = (line.strip() for line in _text(str(file)).splitlines())
+    found = [line for line in lines if line][:count]
+    if not found:
+        raise AccelError(f"prompts {file}: no prompt in it")
+    return found
+
+
 def seed_list(text: str) -> tuple[int, ...]:
     """ "0-3,7" as (0, 1, 2, 3, 7)."""
     seeds: list[int] = []
@@ -103,7 +112,8 @@ def seed_list(text: str) -> tuple[int, ...]:
 def named(items: list[Item], template: str = NAME_TEMPLATE, vbench: bool = False) -> list[Item]:
     """The items with their file names (no suffix); a name that is taken becomes an error.
 
-    `template` may use index, line, seed, take and slug. `vbench`: "PROMPT-TAKE" instead.
+    `template` may use index, line, seed, take and slug. `vbench`: "PROMPT-TAKE" instead. An item
+    with an error takes no file's name: it is called "item INDEX", which no file can be.
     """
     _check_template(template)
     taken: dict[str, int] = {}
@@ -111,13 +121,11 @@ def named(items: list[Item], template: str = NAME_TEMPLATE, vbench: bool = False
     for item in items:
         name, error = "", item.error
         try:
-            name = _name(item, template, vbench)
+            if error is None:
+                name = _free_name(item, template, vbench, taken)
         except AccelError as problem:
-            error = error or str(problem)
-        first = taken.setdefault(name.casefold(), item.index)
-        if error is None and first != item.index:
-            error = f"line {item.line}: the file name {name!r} is that of item {first} too"
-        result.append(replace(item, name=name, error=error))
+            error = str(problem)
+        result.append(replace(item, name=name or f"item {item.index}", error=error))
     return result
 
 
@@ -125,6 +133,15 @@ def slug(text: str, longest: int = 60) -> str:
     """Lower-case ASCII words joined by "-"."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
     return "-".join(words)[:longest].rstrip("-") or "untitled"
+
+
+def _free_name(item: Item, template: str, vbench: bool, taken: dict[str, int]) -> str:
+    """The item's file name, which it now takes; raises `AccelError` when an earlier one has it."""
+    name = _name(item, template, vbench)
+    first = taken.setdefault(name.casefold(), item.index)
+    if first != item.index:
+        raise AccelError(f"line {item.line}: the file name {name!r} is that of item {first} too")
+    return name
 
 
 def _name(item: Item, template: str, vbench: bool) -> str:
@@ -165,7 +182,10 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     if source != "-" and suffix not in (".txt", ".jsonl", ".csv"):
         raise AccelError(f"prompts {source}: accepted are .txt, .jsonl, .csv and - (stdin)")
     if suffix == ".csv":
-        yield from _rows(source, text)
+        try:
+            yield from _rows(source, text)
+        except csv.Error as error:
+            raise AccelError(f"prompts {source}: not CSV ({error})") from error
         return
     for number, line in enumerate(text.split("\n"), 1):
         line = line.strip()
@@ -176,7 +196,7 @@ def _lines(source: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _rows(source: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text))
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     if "prompt" not in (reader.fieldnames or ()):
         raise AccelError(f"prompts {source}: the first line must name a column prompt")
     unknown = sorted(set(reader.fieldnames or ()) - set(_COLUMNS))
@@ -210,7 +230,7 @@ def _text(source: str) -> str:
     except OSError as error:
         raise AccelError(f"prompts {source}: cannot be read ({error.strerror})") from error
     try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise AccelError(
@@ -236,6 +256,7 @@ def _from_json(line: str) -> dict[str, Any]:
     content = json.loads(line)
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
+    json.dumps(content, ensure_ascii=False).encode()  # raises for half a surrogate pair
     return _converted(content)
 
 

@@ -58,8 +58,9 @@ def _array(about: dict[str, Any]) -> Any:
     together = about.get("batch") or [{"prompt": about["prompt"], "seed": about["seed"]}]
     if len(together) > 1:
         call["prompt"] = [each["prompt"] for each in together]
-        if together[0]["negative_prompt"] is not None:
-            call["negative_prompt"] = [each["negative_prompt"] for each in together]
+        negatives = [each["negative_prompt"] for each in together]
+        if any(negative is not None for negative in negatives):
+            call["negative_prompt"] = [negative or "" for negative in negatives]
     with contextlib.ExitStack() as stack:
         if about["recipe"] is not None:
             stack.enter_context(accel.patched(pipe, recipe=Recipe.read(about["recipe"])))

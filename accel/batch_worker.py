@@ -264,11 +264,6 @@ class Worker:
                 patch = stack.enter_context(accel.patched(self.pipe, *methods))
             arrays, seconds = generate.render(self.pipe, call, seeds)
             share = patch.report().share_computed if patch else 1.0
-        if len(arrays) != len(items):
-            raise AccelError(
-                f"{type(self.pipe).__name__} made {len(arrays)} results of {len(items)} prompts; "
-                "use --batch-size 1"
-            )
         recipe, each = self.recipe if patch else None, seconds / len(items)
         return {
             item.index: Made(array, each, items, recipe, share)

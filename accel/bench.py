@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 import accel
-from accel import generate, metrics, model_zoo, registry
+from accel import batch_items, generate, metrics, model_zoo, registry
 from accel.method import AccelError
 from accel.recipe import Recipe
 
@@ -332,14 +332,7 @@ def _prompts(plan: Plan) -> list[str]:
     if plan.prompts is None and not plan.model.startswith("zoo:"):
         raise AccelError("bench: --prompts FILE is needed for models outside the zoo")
     file = plan.prompts or model_zoo.prompts(plan.model.removeprefix("zoo:"), "final")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise AccelError(f"prompts {file}: cannot be read ({error.strerror})") from error
-    found = [line.strip() for line in lines if line.strip()][: plan.num_prompts]
-    if not found:
-        raise AccelError(f"prompts {file}: no prompt in it")
-    return found
+    return batch_items.prompt_lines(file, plan.num_prompts)
 
 
 def _measuring_prompt(plan: Plan, prompts: list[str]) -> str:

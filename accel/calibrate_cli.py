@@ -45,6 +45,8 @@ def calibrate(
     from accel.calibrate_search import UnreachableError
     from accel.calibrate_search import calibrate as search
 
+    if output.is_dir():
+        raise AccelError(f"--output {output}: is a folder; name the recipe's file")
     pipe, call, texts = _loaded(model, prompts, num_prompts, steps, pipeline_kwargs)
     try:
         result = search(
@@ -88,19 +90,13 @@ def _loaded(
     model: str, prompts: Path | None, count: int, steps: int | None, more: str
 ) -> tuple[Any, dict[str, Any], list[str]]:
     """Pipeline, arguments of its call without the prompt, and prompts."""
-    from accel import generate, model_zoo
+    from accel import batch_items, generate, model_zoo
 
     if prompts is None:
         if not model.startswith("zoo:"):
             raise AccelError("--prompts FILE is needed for models outside the zoo")
         prompts = model_zoo.prompts(model.removeprefix("zoo:"), "heldout")
-    try:
-        lines = prompts.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise AccelError(f"prompts {prompts}: cannot be read ({error.strerror})") from error
-    texts = [line.strip() for line in lines if line.strip()][:count]
-    if not texts:
-        raise AccelError(f"prompts {prompts}: no prompt in it")
+    texts = batch_items.prompt_lines(prompts, count)
     try:
         extra = json.loads(more)
     except json.JSONDecodeError as error:

@@ -94,6 +94,9 @@ def completed(pipe: Any, call: dict[str, Any], given: dict[str, Any]) -> dict[st
     unknown = sorted(set(call | given) - set(inspect.signature(pipe.__call__).parameters))
     if unknown:
         raise AccelError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        if given.get(name, 1) != 1:
+            raise AccelError(f"{name}={given[name]!r}: one result a prompt is made; use more seeds")
     return call | given
 
 
@@ -117,13 +120,19 @@ def render(
     """One call: a picture (h, w, 3) or video (frames, h, w, 3) for each seed, and its seconds.
 
     Values are 0 to 1 unless the model went wrong. Generators are on the CPU, so that noise depends
-    on the seed alone and not on the device or the batch.
+    on the seed alone and not on the device or the batch. Raises `AccelError` for another number of
+    results than of seeds.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     began = time.perf_counter()
     out = pipe(**call, generator=generators if len(seeds) > 1 else generators[0], output_type="np")
     seconds = time.perf_counter() - began
     made = out.frames if hasattr(out, "frames") else out.images
+    if len(made) != len(seeds):
+        raise AccelError(
+            f"{type(pipe).__name__} made {len(made)} results of {len(seeds)} prompts; "
+            + ("use --batch-size 1" if len(seeds) > 1 else "its arguments must ask for one")
+        )
     return [np.asarray(each) for each in made], seconds
 
 
@@ -269,7 +278,7 @@ def _result(
             "speedups": list(comparison.speedups),
             "seconds": comparison.seconds,
             "untouched_seconds": comparison.untouched_seconds,
-            "psnr": comparison.psnr,
+            "psnr": min(comparison.psnr, 100.0),
             "ssim_gaussian11": comparison.ssim_gaussian11,
             "feature_distance": comparison.feature_distance,
         }

@@ -175,17 +175,21 @@ class Recipe(BaseModel):
     def save(self, path: str | Path) -> None:
         """Write the file in one piece: it is either whole or not there.
 
-        Tensors that settings name are copied beside it. Raises `AccelError` for a setting that
-        names a folder.
+        Its folder is made, tensors that settings name are copied beside it. Raises `AccelError` for
+        a setting that names a folder, and where nothing can be written.
         """
         file = Path(path)
-        content = recipe_tensors.pack(self, file).model_dump_json(indent=2)
-        part = file.with_name(file.name + ".part")
-        with part.open("w", encoding="utf-8") as out:
-            out.write(_one_line_a_row(content) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            content = recipe_tensors.pack(self, file).model_dump_json(indent=2)
+            part = file.with_name(file.name + ".part")
+            with part.open("w", encoding="utf-8") as out:
+                out.write(_one_line_a_row(content) + "\n")
+                out.flush()
+                os.fsync(out.fileno())
+            part.replace(file)
+        except OSError as error:
+            raise AccelError(f"recipe {file}: cannot be written ({error.strerror})") from error
 
 
 def _one_line_a_row(text: str) -> str:

@@ -157,7 +157,7 @@ def test_bad_scales_and_prompt_files_are_said(tmp_path) -> None:
     with pytest.raises(accel.AccelError, match="cannot be read"):
         adapter_training.train("zoo:x", tmp_path / "none.txt", tmp_path, plan(), print)
     (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(accel.AccelError, match="holds no prompt"):
+    with pytest.raises(accel.AccelError, match="no prompt in it"):
         adapter_training.train("zoo:x", tmp_path / "empty.txt", tmp_path, plan(), print)
 
 

@@ -71,6 +71,16 @@ def test_every_line_becomes_a_file_or_an_error(model, prompts, tmp_path) -> None
     assert rows[3]["share_computed"] == pytest.approx(2 / 3)
 
 
+def test_a_name_that_is_taken_fails_and_leaves_the_other_file_alone(model, tmp_path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("a cat\na dog\na cat\n")
+    for made, kept in ((2, 0), (0, 2)):
+        rows, summary = run(str(file), model, tmp_path / "out", "--name-template", "{slug}")
+        assert [summary[key] for key in ("made", "kept", "failed")] == [made, kept, 1]
+        assert "that of item 0 too" in rows[-1]["error"]
+    assert set(files(tmp_path / "out")) == {"a-cat.png", "a-dog.png"}
+
+
 def test_resume_makes_what_is_missing_or_damaged(model, prompts, tmp_path) -> None:
     rows, _ = run(prompts, model, tmp_path)
     before = files(tmp_path)
@@ -124,6 +134,17 @@ def test_show_rerun_is_bit_for_bit(model, prompts, tmp_path, size) -> None:
     result = json.loads(shown.stdout)
     assert result["identical"] is True
     assert Path(result["file"]).read_bytes() == Path(file).read_bytes()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rerun_of_a_batch_where_some_have_a_negative_prompt(model, tmp_path, order) -> None:
+    file = tmp_path / "p.txt"
+    file.write_text("\n".join(["a cat", "a pig --n cow"][::order]))
+    rows, _ = run(str(file), model, tmp_path / "out", "--batch-size", "2", expect=0)
+    for row in rows:
+        made = str(tmp_path / "out" / row["file"])
+        shown = CliRunner().invoke(cli.app, ["show", made, "--rerun"])
+        assert shown.exit_code == 0, shown.output
 
 
 def test_a_video_of_generate_is_made_again_bit_for_bit(tmp_path) -> None:

@@ -36,9 +36,10 @@ def test_jsonl_and_csv_say_the_same(tmp_path) -> None:
     rows = '{"prompt": "é 红", "seed": 3, "steps": 4}\n{"prompt": "b", "num_frames": 5}\n'
     table = '\ufeffprompt,seed,steps,num_frames\né 红,3,4,\n"b",,,5\n'
     from_json = batch_items.read(write(tmp_path, "p.jsonl", rows))
-    from_csv = batch_items.read(write(tmp_path, "p.csv", table))
-    for a, b in zip(from_json, from_csv, strict=True):
-        assert (a.prompt, a.seed, a.call) == (b.prompt, b.seed, b.call)
+    for ends in ("\n", "\r\n", "\r"):
+        from_csv = batch_items.read(write(tmp_path, "p.csv", table.replace("\n", ends)))
+        for a, b in zip(from_json, from_csv, strict=True):
+            assert (a.prompt, a.seed, a.call) == (b.prompt, b.seed, b.call)
     assert from_json[0].call == {"num_inference_steps": 4}
 
 
@@ -71,6 +72,8 @@ def test_seeds_multiply_prompts_but_not_those_with_their_own(tmp_path) -> None:
         ("p.jsonl", '{"prompt": "a", "steps": 2.5}', "steps must be"),
         ("p.jsonl", '{"prompt": "a", "steps": true}', "steps must be"),
         ("p.jsonl", '{"prompt": "a", "seed": -1}', "seed must be"),
+        ("p.jsonl", '{"prompt": "a \\ud83d"}', "surrogates not allowed"),
+        ("p.jsonl", '{"prompt": "a", "\\ud83d": 1}', "surrogates not allowed"),
         ("p.jsonl", '{"prompt": "a", "guidance_scale": NaN}', "guidance_scale must be"),
         ("p.txt", "a --w x", "width must be a number"),
         ("p.txt", "a --q 1", "unknown flag --q"),
@@ -94,6 +97,8 @@ def test_a_wrong_line_is_an_item_with_an_error(tmp_path, name, line, message) ->
         ("p.doc", b"a", r"accepted are \.txt"),
         ("p.csv", b"text\na\n", "a column prompt"),
         ("p.csv", b"prompt,colour\na,b\n", "unknown column colour"),
+        ("p.csv", b'prompt\n"a\nb\n', "not CSV"),
+        ("p.csv", b'prompt\n"a\n' + b"a dog runs\n" * 14_000, "not CSV"),
     ],
 )
 def test_wrong_files_are_refused_whole(tmp_path, name, content, message) -> None:
@@ -112,6 +117,25 @@ def test_names_follow_the_template_and_never_collide(tmp_path) -> None:
     for wrong in ("{prompt}", "{index", "{index.__class__}", "{0}"):
         with pytest.raises(AccelError, match="--name-template"):
             batch_items.named(items, wrong)
+
+
+def test_items_with_an_error_have_names_of_their_own(tmp_path) -> None:
+    text = "a?\nb?\na --w x\nb --w x\nc\nc --d 9\nitem 0\n"
+    items = batch_items.read(write(tmp_path, "p.txt", text), seeds=(0, 1))
+    for options in ({"vbench": True}, {"template": "{slug}"}):
+        named = batch_items.named(items, **options)
+        assert len({item.name for item in named}) == len(items)
+    assert named[-2].name == "item-0"
+    assert batch_items.named(items, vbench=True)[-2].name == "item 0-0"
+
+
+def test_bare_prompts_are_read_and_checked_as_well(tmp_path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffa --w\r\n\n é \nc\n".encode())
+    assert batch_items.prompt_lines(file, 2) == ["a --w", "é"]
+    file.write_bytes(b"a\ncaf\xe9\n")
+    with pytest.raises(AccelError, match=r"p\.txt: not UTF-8 \(line 2, byte 5\)"):
+        batch_items.prompt_lines(file, 1)
 
 
 @given(prompt=st.text(min_size=1), name=st.none() | st.text(), vbench=st.booleans())

@@ -129,6 +129,9 @@ def test_wrong_plans_are_named(tiny_zoo, tmp_path) -> None:
     Recipe.of((PlainCycle(),)).save(tmp_path / "recipe.json")
     with pytest.raises(AccelError, match="has no front"):
         bench.Bench(plan(recipe=tmp_path / "recipe.json"), lambda _: None)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(AccelError, match="not UTF-8"):
+        bench.Bench(plan(prompts=tmp_path / "latin.txt"), lambda _: None)
     (tmp_path / "empty.txt").write_text("\n\n")
     with pytest.raises(AccelError, match="no prompt in it"):
         bench.Bench(plan(prompts=tmp_path / "empty.txt"), lambda _: None)

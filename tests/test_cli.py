@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny_pipelines import TINY
 from typer.testing import CliRunner
 
 import accel
-from accel import cli, media
+from accel import cli, generate, media
 
 CALL = {
     "height": 16,
@@ -91,8 +93,10 @@ def test_recipe_file_is_used(model, tmp_path) -> None:
 
 
 def test_nothing_saved_is_said_loudly(model, tmp_path, caplog) -> None:
-    call(*command(model, tmp_path, "--method", "plaincycle", "--set", "interval=1"))
+    same = ("--method", "plaincycle", "--set", "interval=1", "--compare")
+    result = call(*command(model, tmp_path, *same))
     assert "nothing was saved" in caplog.text
+    assert json.loads(result.stdout)["psnr"] == 100.0  # JSON knows no infinity
 
 
 @pytest.mark.parametrize(
@@ -106,6 +110,7 @@ def test_nothing_saved_is_said_loudly(model, tmp_path, caplog) -> None:
         (["--method", "magcache", "--recipe", "x"], "--method or --recipe, not both"),
         (["--pipeline-kwargs", "{"], "--pipeline-kwargs: not JSON"),
         (["--pipeline-kwargs", '{"colour": 1}'], "WanPipeline takes no colour"),
+        (["--pipeline-kwargs", '{"num_videos_per_prompt": 2}'], "num_videos_per_prompt=2: one"),
     ],
 )
 def test_wrong_arguments_get_one_line(model, tmp_path, more, message, capsys, monkeypatch) -> None:
@@ -117,6 +122,28 @@ def test_wrong_arguments_get_one_line(model, tmp_path, more, message, capsys, mo
     assert error.startswith("accel: ")
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_two_results_of_one_prompt_are_refused() -> None:
+    def pipe(**_):
+        return SimpleNamespace(images=np.zeros((2, 4, 4, 3)))
+
+    with pytest.raises(accel.AccelError, match="function made 2 results of 1 prompts"):
+        generate.make(pipe, {}, 0)
+
+
+def test_calibration_refuses_wrong_files_before_it_runs(tmp_path) -> None:
+    prompts = tmp_path / "latin.txt"
+    prompts.write_bytes(b"caf\xe9\n")
+    unread = ["-m", "none", "--prompts", str(prompts), "-o"]
+    for arguments, message in (
+        (["calibrate", *unread, str(tmp_path)], "is a folder; name the recipe's file"),
+        (["calibrate", *unread, str(tmp_path / "r.json")], "not UTF-8 (line 1, byte 3)"),
+        (["profile", *unread, str(tmp_path / "runs")], "not UTF-8 (line 1, byte 3)"),
+    ):
+        error = call(*arguments).exception
+        assert isinstance(error, accel.AccelError)
+        assert message in str(error)
 
 
 def test_unknown_models_name_what_is_accepted(tmp_path, capsys, monkeypatch) -> None:

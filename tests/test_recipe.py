@@ -33,6 +33,15 @@ def test_round_trip(tmp_path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["r.json"]
 
 
+def test_its_folder_is_made_or_the_error_names_the_file(tmp_path) -> None:
+    recipe = Recipe.of((accel.EasyCache(),))
+    recipe.save(tmp_path / "a" / "b" / "r.json")
+    assert Recipe.load(tmp_path / "a" / "b" / "r.json") == recipe
+    for wrong in (tmp_path / "a", tmp_path / "a" / "b" / "r.json" / "c.json"):
+        with pytest.raises(accel.AccelError, match=f"{wrong.name}: cannot be written"):
+            recipe.save(wrong)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
