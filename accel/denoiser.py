@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,14 @@ _ADAPTER_METHODS = [
 ]
 
 
+@dataclass
+class _Hooked:
+    """What calls a site inside a block: how it is put in place, and how it goes."""
+
+    hook: Callable[[], Callable[[], None]]
+    undo: Callable[[], None]
+
+
 class Denoiser:
     """One denoiser of a patched pipeline.
 
@@ -66,7 +74,7 @@ class Denoiser:
         self.first_call: Callable[[int, Any], None] = lambda latents, timestep: None
         """Called at a run's first step with the number of latent values of one sample, and t."""
         self.guard: Guard | None = None
-        self.names = parameters(module)
+        self.names = parameters(getattr(module, "_orig_mod", module))  # torch.compile's takes all
         self.forgetting: list[Callable[[], Any]] = []
         """Called whenever what a run has gathered is dropped."""
         self._followers = 0
@@ -77,6 +85,7 @@ class Denoiser:
         """The call in flight."""
         self._undo: Callable[[], None] | None = None
         self._block_undo: list[Callable[[], None]] = []
+        self._layers: list[_Hooked] = []
 
     # --- attaching -----------------------------------------------------------------------------
 
@@ -157,13 +166,18 @@ class Denoiser:
             )
 
     def add(self, site: Site, hook: Callable[[], Callable[[], None]] | None = None) -> Handle:
-        """Let a site act; `hook` puts in place what calls it, and returns the undo."""
+        """Let a site act; `hook` puts in place what calls it, and returns the undo.
+
+        When LoRAs come and go, which exchanges layers, it is called again.
+        """
         self.sites.append(site)
         handles = [Handle(lambda: self._drop(site))]
         try:
             self._hook()
             if hook is not None:
-                handles.append(Handle(hook()))
+                hooked = _Hooked(hook, hook())
+                self._layers.append(hooked)
+                handles.append(Handle(partial(self._unhook_layer, hooked)))
         except BaseException:
             self._drop(site)
             raise
@@ -213,6 +227,10 @@ class Denoiser:
         """The place of a site's state in `BranchState.sites`."""
         return next(number for number, each in enumerate(self.sites) if each is site)
 
+    def _unhook_layer(self, hooked: _Hooked) -> None:
+        self._layers = [each for each in self._layers if each is not hooked]
+        hooked.undo()
+
     def _drop(self, site: Site) -> None:
         del self.sites[self.number(site)]
         self.forget()
@@ -258,7 +276,15 @@ class Denoiser:
 
     def _adapters_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.forget()
-        return original(*args, **kwargs)
+        layers, self._layers = self._layers, []  # one of these methods calls another
+        for layer in reversed(layers):
+            layer.undo()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.undo = layer.hook()
+            self._layers = layers
 
     # --- a denoiser call -----------------------------------------------------------------------
 
@@ -287,6 +313,7 @@ class Denoiser:
         assert clock.step is not None  # called during a run only
         arguments = Arguments(self.names, args, kwargs)
         state = self._branches.state(arguments, branch or self._branches.called())
+        first = state.last is None
         returning = state.last is not None and clock.step - state.last > 1
         forward = Forward(state, clock.step, clock.total, clock.place, clock, arguments, returning)
         state.last = clock.step
@@ -306,7 +333,7 @@ class Denoiser:
                 self.guard.computed(key, predictions(output)[0])
         if branch is not None and branch.name == "batched":
             forward.blocks, forward.blocks_run = 2 * forward.blocks, 2 * forward.blocks_run
-        self._record(forward, time.perf_counter() - began)
+        self._record(forward, time.perf_counter() - began, first)
         return output
 
     def _run_forward(self, forward: Forward, run: Callable[[], Any]) -> Any:
@@ -316,10 +343,11 @@ class Denoiser:
         finally:
             self.forward = None
 
-    def _record(self, forward: Forward, seconds: float) -> None:
-        if forward.step == 0 and self.budget is not None:
-            branches = 2 if self.family.guidance == "sequential" else 1
-            self.budget.apply(self.name, forward, self.sites, branches)
+    def _record(self, forward: Forward, seconds: float, first: bool) -> None:
+        """Note a call, the first of its branch's state or a later one."""
+        if first and self.budget is not None:
+            apart = self.family.guidance == "sequential" or self._between is not None
+            self.budget.apply(self.name, forward, self.sites, 2 if apart else 1)
         self.memory_bytes = max(self.memory_bytes, held_bytes(self._branches.tensors()))
         self.rows.append(
             StepRow(

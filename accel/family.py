@@ -80,12 +80,15 @@ class Family:
     `relayout(x, like)`: bring a tensor in the first block's layout into that of `like`.
     `blocks(denoiser)`: the chain, where it is not made of lists; `spans(denoiser)`: spans of a
     U-Net's chain that lie inside each skip connection, outermost first. `grid(arguments)`: frames,
-    rows and columns of tokens, where the latent's shape does not tell; `frames_first`: latents are
+    rows and columns of tokens, where the latent's shape does not tell; tokens of reference pictures
+    come after them and do not count. `frames_first`: latents are
     (batch, frames, channels, height, width); `packed`: latent pixels a side that a token's channels
-    hold; `cond_first`: batched guidance puts the conditional half first. `resized(arguments,
-    layout)`: arguments, other than the latent, that must change when only the live places of a
-    `Layout` are computed; None where that is not known. `coordinates`: tokens carry coordinates, so
-    that any set of them can be computed. `predictions`: how many a call makes (2: sound too).
+    hold; `cond_first`: batched guidance puts the conditional half first. `text`: where joint
+    attention puts it, before or behind the picture; None where it has none or that is not known.
+    `resized(arguments, layout)`: arguments, other than the latent, that must change when only the
+    live places of a `Layout` are computed; None where that is not known. `coordinates`: tokens
+    carry coordinates, so that any set of them can be computed. `predictions`: how many a call makes
+    (2: sound too).
     """
 
     name: str
@@ -101,6 +104,7 @@ class Family:
     frames_first: bool = False
     packed: int = 1
     cond_first: bool = False
+    text: Literal["first", "last"] | None = None
     resized: Callable[[Arguments, Layout], dict[str, Any]] | None = None
     coordinates: bool = False
     predictions: int = 1

@@ -11,10 +11,18 @@ _SAMPLES = 64
 
 
 def fingerprint(pipe: Any) -> str:
-    """The denoiser's class and a digest of its parameters' names, shapes and sampled values."""
+    """The denoiser's class and a digest of its parameters' names, shapes and sampled values.
+
+    Raises `AccelError` for weights that other tensors stand for, as torchao's do.
+    """
     module = denoiser(pipe)
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
+        if hasattr(value, "__tensor_flatten__"):
+            raise AccelError(
+                f"{type(module).__name__}: {name} is a {type(value).__name__}; calibration knows a "
+                "model by its weights as they were before they were quantised"
+            )
         flat = value.detach().flatten()
         sample = flat[:: max(len(flat) // _SAMPLES, 1)][:_SAMPLES].float().cpu()
         digest.update(f"{name}{tuple(value.shape)}".encode())

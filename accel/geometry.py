@@ -10,8 +10,6 @@ import torch
 from accel.family import Arguments, Family
 
 Grid = tuple[int, int, int]
-TEXT_FIRST = {"flux", "cogvideox", "qwen_image"}
-"""Families whose joint attention puts the text before the picture."""
 _MARGIN = 1e-4
 
 
@@ -35,6 +33,21 @@ def token_grid(module: Any, family: Family, arguments: Arguments) -> Grid:
     return (frames // sizes[0], shape[-2] // sizes[1], shape[-1] // sizes[2])
 
 
+def picture_start(family: Family, arguments: Arguments, tokens: int, grid: Grid) -> int | None:
+    """The first of the picture's tokens in a joint attention of `tokens`; None if it is not known.
+
+    Before or behind them lies the text; behind them, in packed latents, reference pictures.
+    """
+    others = tokens - math.prod(grid)
+    if others == 0 or family.text == "last":
+        return 0
+    if family.text is None:
+        return None
+    latent = arguments.get(family.latent)
+    behind = latent.shape[1] - math.prod(grid) if latent.dim() == 3 else 0
+    return others - behind
+
+
 def predicted(module: Any, family: Family, latent: Any) -> tuple[int, int]:
     """The axis of a latent's channels, and how many of them the denoiser predicts.
 
@@ -56,18 +69,24 @@ def prediction_kind(scheduler: Any) -> str:
     return "flow" if flow or kind == "flow_prediction" else kind
 
 
+def noisiest_first(scheduler: Any) -> list[float]:
+    """The schedule's timesteps, large for noisy also where the scheduler inverts its sigmas."""
+    timesteps: list[float] = [float(t) for t in scheduler.timesteps.tolist()]
+    if scheduler.config.get("invert_sigmas"):
+        return [scheduler.config.num_train_timesteps - t for t in timesteps]
+    return timesteps
+
+
 def log_signal_to_noise(scheduler: Any) -> list[float]:
     """λ = log(a/b) for each timestep of the schedule, where the latent is a·data + b·noise.
 
-    Flow matching: a = 1 − t, b = t, with t the timestep over the training steps (the other way
-    round where the scheduler inverts its sigmas, as Mochi's does). Otherwise from
+    Flow matching: a = 1 − t, b = t, with t the timestep over the training steps. Otherwise from
     `alphas_cumprod`, or where a scheduler has only `sigmas` (b/a), from those.
     """
-    config, timesteps = scheduler.config, scheduler.timesteps.tolist()
+    config, timesteps = scheduler.config, noisiest_first(scheduler)
     train = config.get("num_train_timesteps", 1000)
     if prediction_kind(scheduler) == "flow":
-        levels = [1 - t / train if config.get("invert_sigmas") else t / train for t in timesteps]
-        noise = [min(max(level, _MARGIN), 1 - _MARGIN) for level in levels]
+        noise = [min(max(t / train, _MARGIN), 1 - _MARGIN) for t in timesteps]
         return [math.log((1 - b) / b) for b in noise]
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is not None:

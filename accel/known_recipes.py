@@ -38,14 +38,15 @@ def _beside(pipe: Any) -> Recipe | None:
 
 def _shipped(pipe: Any) -> Recipe | None:
     files = [file for name in _zoo() if (file := model_zoo.path(name) / FILE_NAME).is_file()]
+    shipped = [Recipe.load(file) for file in files]
     try:
         module = denoiser(pipe)
-    except AccelError:  # two experts are never profiled
+        if any(value.is_meta for value in module.parameters()):  # offloaded piece by piece
+            return None
+        recipes = [each for each in shipped if each.model == type(module).__name__]
+        known = fingerprint(pipe) if recipes else ""
+    except AccelError:  # two experts and quantised weights are never profiled
         return None
-    if any(value.is_meta for value in module.parameters()):  # offloaded piece by piece
-        return None
-    recipes = [each for each in map(Recipe.load, files) if each.model == type(module).__name__]
-    known = fingerprint(pipe) if recipes else ""
     return next(
         (one for one in recipes if any(r.get("fingerprint") == known for r in one.measured)), None
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,10 @@ class Budget:
 
     limit: int
     least: Approximator
+
+    def shared(self, denoisers: int) -> Budget:
+        """The part of each of the denoisers of one pipeline, which hold theirs at once."""
+        return replace(self, limit=self.limit // denoisers)
 
     def apply(self, name: str, forward: Forward, sites: Sequence[Site], branches: int) -> None:
         """Check one branch after its first step, and lower what its sites will hold."""

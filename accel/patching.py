@@ -51,15 +51,15 @@ def patch(
     """
     limit = read_bytes(memory)
     budget = None if limit is None else Budget(limit, registry.approximator("holdresidual")())
-    chosen, valid_for = choose(pipe, methods, recipe, speedup, quality)
-    _check_methods(chosen)
-    watch = Guard(strict, valid_for.change or LIMIT) if guard or strict else None
     previous = pipe.__dict__.get(PATCH) if hasattr(pipe, "__dict__") else None
     _refuse_foreign_caches(pipe)
     before = previous.methods if previous is not None else ()
-    if previous is not None:
+    if previous is not None:  # first of all: recipes are known by the weights, as they really are
         previous.remove()
     try:
+        chosen, valid_for = choose(pipe, methods, recipe, speedup, quality)
+        _check_methods(chosen)
+        watch = Guard(strict, valid_for.change or LIMIT) if guard or strict else None
         return Patch(pipe, chosen, budget, valid_for, watch)
     except BaseException:
         if previous is not None:

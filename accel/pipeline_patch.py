@@ -11,7 +11,7 @@ from typing import Any
 from accel import registry
 from accel.clock import StepClock
 from accel.denoiser import Denoiser
-from accel.geometry import first_place, log_signal_to_noise, prediction_kind
+from accel.geometry import first_place, log_signal_to_noise, noisiest_first, prediction_kind
 from accel.guard import Guard
 from accel.hooks import PATCH, call_arguments, call_length, is_compiled_whole, override
 from accel.memory_budget import Budget
@@ -49,6 +49,8 @@ class Patch:
         self._beside: list[Handle] = []
         self._scheduler: Any = None
         self._running = False
+        self._open = contextlib.ExitStack()
+        """What is open while a run lasts."""
         self._denoisers = _denoisers(pipe, self._clock)
         self.attach(methods)
 
@@ -111,7 +113,7 @@ class Patch:
         self._clock.listeners.clear()
         for denoiser in self._denoisers:
             denoiser.first_call = self._first_call
-            denoiser.budget = self._budget
+            denoiser.budget = self._budget and self._budget.shared(len(self._denoisers))
             denoiser.guard = self._guard
             self._clock.listeners.append(denoiser.begin)
         if self._guard is not None:
@@ -184,7 +186,7 @@ class Patch:
             self._clock.call = call_arguments(original, args, kwargs)
             measuring = any(getattr(each, "unmeasured", False) for each in self._attached)
             try:
-                with self._stages():
+                with contextlib.ExitStack() as self._open:
                     result = original(*args, **kwargs)
                 if not measuring:
                     self._say_when_idle()
@@ -195,18 +197,20 @@ class Patch:
                 for denoiser in self._denoisers:
                     denoiser.forget()
 
-    def _stages(self) -> Any:
-        """Around a call whose sampling a method makes in stages."""
-        staging = self._clock.staging
-        if staging is None:
-            return contextlib.nullcontext()
-        return staging.running(self._pipe, self._clock.call.get("generator"))
-
     def _say_when_idle(self) -> None:
         """A run in which a cache never acted is said loudly."""
         watched = any(denoiser.sites for denoiser in self._denoisers)
-        if watched and self.report().share_computed == 1.0:
-            names = ", ".join(_describe(method) for method, _ in self._handles)
+        if not watched or self.report().share_computed < 1.0:
+            return
+        names = ", ".join(_describe(method) for method, _ in self._handles)
+        if self._clock.step == 0:
+            logger.warning(
+                "nothing can be saved on %s: it never steps its own scheduler (diffusion forcing "
+                "steps copies of it), so %s saw no steps",
+                type(self._pipe).__name__,
+                names,
+            )
+        else:
             logger.warning(
                 "nothing was saved in this run: %s computed every step; a larger threshold, share "
                 "or interval saves more",
@@ -233,13 +237,21 @@ class Patch:
     def _set_timesteps(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if self._running:
+            count = len(self._scheduler.timesteps)
+            self._stay_valid(scheduler=type(self._scheduler).__name__, steps=count)
             if self._clock.staging is not None:
-                self._clock.staging.install(self._scheduler)
-            timesteps = [float(t) for t in self._scheduler.timesteps.tolist()]
-            self._stay_valid(scheduler=type(self._scheduler).__name__, steps=len(timesteps))
+                self._stage(self._clock.staging)
+            timesteps = noisiest_first(self._scheduler)
             self._clock.begin(timesteps, log_signal_to_noise(self._scheduler))
             self._clock.prediction = prediction_kind(self._scheduler)
         return result
+
+    def _stage(self, staging: Any) -> None:
+        """This run is sampled in stages."""
+        if staging.pipe is None:
+            generator = self._clock.call.get("generator")
+            self._open.enter_context(staging.running(self._pipe, generator))
+        staging.install(self._scheduler)
 
     def _noised(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Image-to-image noises the latent of its picture before the first step."""
@@ -248,10 +260,13 @@ class Patch:
         return original(*args, **kwargs)
 
     def _first_call(self, latents: int, timestep: Any) -> None:
-        self._stay_valid(latents=latents)
+        if self._clock.staging is None:  # stages have begun already
+            self._stay_valid(latents=latents)
         total = call_length(self._pipe, self._clock.schedule)
         self._clock.shorten(total, first_place(self._scheduler, total, timestep))
-        self._clock.guided = getattr(self._pipe, "do_classifier_free_guidance", None)
+        scale = self._clock.call.get("guidance_scale")
+        guided = False if isinstance(scale, int | float) and scale <= 1 else None
+        self._clock.guided = getattr(self._pipe, "do_classifier_free_guidance", guided)
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._running and self._clock.staging is not None:

@@ -58,13 +58,23 @@ class SpanSignals:
 
     @property
     def maps(self) -> Any:
-        """`hidden` as (…, channels, rows, columns); tokens of mixed sizes fill what they cover."""
+        """`hidden` as (…, channels, rows, columns); tokens of mixed sizes fill what they cover.
+
+        Reference pictures behind the one that is made are left out.
+        """
         hidden, grid = self.hidden, self.grid
         if hidden.dim() == 4:
             return hidden
         if grid is None:
             layout = self._denoiser.clock.staging.layout
             hidden, grid = hidden[:, layout.spread.to(hidden.device)], layout.full
+        if self._denoiser.family.grid is not None:
+            hidden = hidden[:, : math.prod(grid)]
+        if hidden.shape[1] not in (math.prod(grid), grid[1] * grid[2]):
+            raise AccelError(
+                f"{type(self._denoiser.module).__name__}: where its {hidden.shape[1]} tokens lie "
+                "in the picture is not known, which SeaCache needs"
+            )
         return hidden.unflatten(1, (-1, grid[1], grid[2])).movedim(-1, -3)
 
     def relative_change(self, new: Any, old: Any) -> float:

@@ -147,13 +147,14 @@ class Shared:
     def __init__(self, make: Callable[[Branch], Sequence[Policy]]) -> None:
         self.make = make
         self.branch: Branch | None = None
-        self.policies: Sequence[Policy] = ()
+        self.policies: dict[int, Policy] = {}
+        """Those not given out yet; the others live as long as the branch's state."""
 
     def policy(self, index: int, branch: Branch) -> Policy:
-        """Policy number `index`; `branch` is a new object for each new state."""
+        """Policy number `index`, once; `branch` is a new object for each new state."""
         if branch is not self.branch:
-            self.branch, self.policies = branch, self.make(branch)
-        return self.policies[index]
+            self.branch, self.policies = branch, dict(enumerate(self.make(branch)))
+        return self.policies.pop(index)
 
 
 @dataclass(frozen=True)

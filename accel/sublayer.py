@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("self", "temporal", "cross", "mlp", "fused")
 _ATTENTION = ("attn", "attn1", "attn2", "attention")
+_FUSED = ("proj_mlp", "attn", "proj_out")
 _MLP = ("ff", "ff_context", "ffn", "mlp", "img_mlp", "txt_mlp", "feed_forward")
 
 
@@ -34,15 +35,25 @@ class Sublayer:
     """One layer of block number `block`.
 
     `kind`: "self" (also spatial and joint attention), "temporal", "cross", "mlp", or "fused" for
-    the attention and MLP that a single-stream block projects together. `modules` are called one
-    after the other; the output is the last one's. A layer that a block calls twice is cached at
-    its first call.
+    the attention and MLP that a single-stream block projects together. `modules`, the children
+    `names` of `parent` as they are now (a LoRA exchanges them), are called one after the other; the
+    output is the last one's. A layer that a block calls twice is cached at its first call.
     """
 
     kind: str
     block: int
-    name: str
-    modules: tuple[Any, ...]
+    parent: Any
+    names: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """That of the module whose output it is."""
+        return self.names[-1]
+
+    @property
+    def modules(self) -> tuple[Any, ...]:
+        """The modules of now."""
+        return tuple(getattr(self.parent, name) for name in self.names)
 
 
 Policies = Callable[[Branch, Sequence[Sublayer]], Sequence[Policy]]
@@ -65,18 +76,16 @@ def sublayers(chain: Chain, owner: str) -> list[Sublayer]:
 
 def _of_block(block: Any, index: int, temporal: bool) -> list[Sublayer]:
     children = dict(block.named_children())
-    if {"proj_mlp", "attn", "proj_out"} <= set(children):
-        fused = tuple(children[name] for name in ("proj_mlp", "attn", "proj_out"))
-        return [Sublayer("fused", index, "proj_out", fused)]
+    if set(_FUSED) <= set(children):
+        return [Sublayer("fused", index, block, _FUSED)]
     found = []
     for name in (*_ATTENTION, *_MLP):
-        module = children.get(name)
-        if module is None:
+        if children.get(name) is None:
             continue
         kind = "mlp" if name in _MLP else "temporal" if temporal else "self"
         if name == "attn2" and "attn1" in children:
             kind = "cross"
-        found.append(Sublayer(kind, index, name, (module,)))
+        found.append(Sublayer(kind, index, block, (name,)))
     return found
 
 
@@ -156,7 +165,8 @@ class _Calls:
         if position == 0:
             hidden = args[0] if args else kwargs["hidden_states"]
             text = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-            forward.inputs[number] = (hidden, text)
+            mask = args[2] if len(args) > 2 else kwargs.get("attention_mask")
+            forward.inputs[number] = (hidden, text, mask)
             signals = SpanSignals(self.denoiser, forward, hidden)
             forward.blocks += 1
             forward.blocks_run += not forward.decide(number, signals)

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from accel.attention_calls import AttentionCall, intercept, self_attention
-from accel.geometry import TEXT_FIRST
 from accel.method import Handle
 
 if TYPE_CHECKING:
@@ -31,10 +30,11 @@ def amplify_text(denoiser: Denoiser, method: str, strength: float) -> Handle:
             return call.plain()
         grid = denoiser.grid(forward.arguments)
         text = 0 if grid is None else call.query.shape[2] - math.prod(grid)
-        if text <= 0 or call.key.shape[2] != call.query.shape[2]:
+        where = denoiser.family.text
+        if text <= 0 or where is None or call.key.shape[2] != call.query.shape[2]:
             return call.plain()
         bias = strength * math.log(len(layout.spread) / len(layout.pick))
-        return biased(call, text, denoiser.family.name in TEXT_FIRST, bias)
+        return biased(call, text, where == "first", bias)
 
     return intercept(denoiser, self_attention(denoiser, method), attend)
 

@@ -31,10 +31,11 @@ class AdaCache:
     """After a computed step, reuse every layer for as many steps as the codebook says.
 
     Kahatapitiya et al., "Adaptive Caching for Faster Video Generation", 2024. At each computed step
-    d = ‖p_old − p‖₁ / ‖p_old‖₁ / r with p the output of the middle block's first attention and r
-    the distance to the computed step before; the next computed step is that of the first codebook
-    entry (bound, distance) with d below its bound, else the next one. The first and the last two
-    steps are computed. `codebook`: "fast" and "slow" (for about 30 steps), "100 steps", or pairs.
+    d = ‖p_old − p‖₁ / ‖p_old‖₁ / r with p the output of the attention nearest to the middle block
+    and r the distance to the computed step before; the next computed step is that of the first
+    codebook entry (bound, distance) with d below its bound, else the next one. The first and the
+    last two steps are computed. `codebook`: "fast" and "slow" (for about 30 steps), "100 steps", or
+    pairs.
 
     `motion`: MoReg, which multiplies d by the video's motion m = (raw / `motion_norm`)⁸ + |10 Δm/r|
     in the middle 80 % of the steps, raw being ‖difference of neighbouring frames‖₁ over the sum of
@@ -75,13 +76,17 @@ class AdaCache:
         """Attach to every attention and MLP layer."""
 
         def policies(_: Branch, layers: Sequence[Sublayer]) -> list[Policy]:
-            attention = [n for n, layer in enumerate(layers) if layer.kind in ("self", "temporal")]
-            middle = layers[-1].block // 2
-            observer = next((n for n in attention if layers[n].block >= middle), 0)
-            rate = _Rate(self)
-            return [_Layer(rate, n == observer) for n in range(len(layers))]
+            rate, watched = _Rate(self), observer(layers)
+            return [_Layer(rate, n == watched) for n in range(len(layers))]
 
         return cache_sublayers(denoiser, policies, self.reuse, "AdaCache")
+
+
+def observer(layers: Sequence[Sublayer]) -> int:
+    """The number of the first attention nearest to the middle block; single streams have none."""
+    attention = [n for n, layer in enumerate(layers) if layer.kind in ("self", "temporal")]
+    middle = layers[-1].block // 2
+    return min(attention, key=lambda n: abs(layers[n].block - middle), default=0)
 
 
 class _Rate:

@@ -73,6 +73,7 @@ class BAC:
         def settle() -> None:
             if not rows and measured.run == denoiser.clock.completed and measured.samples:
                 rows.extend(measured.schedules(self))
+                measured.samples.clear()
 
         def policies(branch: Branch, layers: Sequence[Sublayer]) -> list[Policy]:
             settle()
@@ -167,8 +168,8 @@ class _Measurement:
         blocks = [layer.block for layer in self.layers]
         mlps = [layer.block if layer.kind in ("mlp", "fused") else None for layer in self.layers]
         joined = bubble(rows, errors, mlps, blocks, settings.upstream)
-        early = set(range(places[0]))  # image-to-image leaves out the first steps
-        return [tuple(int(p in row | early) for p in range(self.schedule)) for row in joined]
+        outside = set(range(self.schedule)) - set(places)  # of another expert, or left out
+        return [tuple(int(p in row | outside) for p in range(self.schedule)) for row in joined]
 
 
 class _Watch:
@@ -183,5 +184,5 @@ class _Watch:
             return
         self.measurement.schedule = context.schedule
         flat = site.outputs[0].detach().flatten()
-        sample = flat[:: max(len(flat) // SAMPLES, 1)].float()
+        sample = flat[:: max(len(flat) // SAMPLES, 1)].float().clone()  # a view would hold it all
         self.measurement.samples.setdefault(self.layer, {})[context.place] = sample

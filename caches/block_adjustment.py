@@ -27,24 +27,26 @@ _KIND = "accel block adjustment"
 
 
 class Adjustment:
-    """Scale and shift (2, channels) by branch, block and step, in a safetensors file.
+    """Scale and shift (2, channels) by denoiser, branch, block and step, in a safetensors file.
 
-    A file that is there is loaded and its model and step count are checked; otherwise `fitting` is
-    true until the first run that is completed, after which the file is written.
+    A file that is there is loaded and its model and step count are checked; where it has nothing of
+    this denoiser, `fitting` is true until the first run that is completed, after which the file is
+    written, with what it holds of a pipeline's other denoiser.
     """
 
-    def __init__(self, file: Path, model: str) -> None:
-        self.file, self.model = file, model
-        self.fits: dict[str, Tensor] = {}
+    def __init__(self, file: Path, model: str, denoiser: str) -> None:
+        self.file, self.model, self.denoiser = file, model, denoiser
         self.steps, self.run = 0, -1
-        self.fitting = not file.is_file()
-        if not self.fitting:
-            self._load()
+        stored = self._stored()
+        self.fits = {key: fit for key, fit in stored.items() if key.startswith(denoiser + ".")}
+        self.fitting = not self.fits
 
     def begin(self, run: int) -> None:
         """A run begins; what an unfinished one fitted is dropped."""
         if self.fitting and run != self.run:
             self.fits, self.run = {}, run
+            if not self.file.is_file():
+                self.steps = 0
 
     def end(self, completed: int) -> None:
         """A run ended; when it was fitted to its last step, the file is written."""
@@ -54,13 +56,12 @@ class Adjustment:
 
     def key(self, row: int, context: StepContext) -> str:
         """The name of one fit; raises `AccelError` in a run of another length."""
-        if self.fitting:
-            self.steps = context.schedule
+        self.steps = self.steps or context.schedule
         if self.steps != context.schedule:
             raise AccelError(
                 f"{self.file}: fitted for {self.steps} steps, and this run has {context.schedule}"
             )
-        return f"{context.branch.name}.{row}.{context.place}"
+        return f"{self.denoiser}.{context.branch.name}.{row}.{context.place}"
 
     def fit(self, key: str, reused: Tensor, wanted: Tensor) -> None:
         """Scale and shift of each channel with the least squared error, drawn to scale 1."""
@@ -81,13 +82,16 @@ class Adjustment:
         scale, shift = self.fits[key].to(reused).unbind()
         return reused * scale.view(shape) + shift.view(shape)
 
-    def _load(self) -> None:
+    def _stored(self) -> dict[str, Tensor]:
+        """What the file holds, of every denoiser; nothing where there is none."""
         from safetensors import SafetensorError, safe_open
 
+        if not self.file.is_file():
+            return {}
         try:
             with safe_open(self.file, "pt") as opened:
                 about = opened.metadata() or {}
-                self.fits = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise AccelError(f"{self.file}: cannot be read ({error})") from error
         if about.get("kind") != _KIND or about.get("model") != self.model:
@@ -96,13 +100,16 @@ class Adjustment:
                 f"{self.model}"
             )
         self.steps = int(about["steps"])
+        return stored
 
     def _save(self) -> None:
         from safetensors.torch import save_file
 
+        own = {name: fit.half().cpu() for name, fit in self.fits.items()}
+        stored = self._stored() | own
         about = {"kind": _KIND, "model": self.model, "steps": str(self.steps)}
         part = self.file.with_name(self.file.name + ".part")
-        save_file({name: fit.half().cpu() for name, fit in self.fits.items()}, part, about)
+        save_file(stored, part, about)
         os.replace(part, self.file)
 
 

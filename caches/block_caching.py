@@ -79,11 +79,16 @@ class BlockCaching:
             )
         table, measured = list(self.changes or ()), _Measurement()
         model = type(denoiser.module).__name__
-        adjustment = Adjustment(Path(self.adjustment), model) if self.adjustment else None
+        adjustment = (
+            Adjustment(Path(self.adjustment), model, denoiser.name) if self.adjustment else None
+        )
 
-        def policy(row: int, branch: Branch) -> _Accumulate | _Watch:
+        def settle() -> None:
             if not table and measured.whole(denoiser.clock.completed):
                 table.extend(measured.table(count))
+
+        def policy(row: int, branch: Branch) -> _Accumulate | _Watch:
+            settle()
             if not table:
                 return measured.watch(row, denoiser.clock.run)
             changes = table[row if len(table) > 1 else 0]
@@ -93,7 +98,8 @@ class BlockCaching:
             return _Adjusted(self.threshold, changes, adjustment, row)
 
         def settled() -> BlockCaching:
-            return replace(self, changes=tuple(table) or measured.table(count) or None)
+            settle()
+            return replace(self, changes=tuple(table) or None)
 
         if not table:
             logger.info("BlockCaching: no changes known; the first run is computed and measured")

@@ -96,4 +96,5 @@ class DPCache:
         if not found:
             logger.info("DPCache: no schedule known; the first run is computed and measured")
         handle = denoiser.cache_widest(policy, self.reuse, "DPCache", self.whole)
-        return handle.settling(settled)
+        forgetting = denoiser.when_forgetting(products.release)
+        return Handle.together([handle, forgetting]).settling(settled)

@@ -78,7 +78,9 @@ class ERTACache:
 
         if not found:
             logger.info("ERTACache: no scales known; the first run is computed and measured")
-        return denoiser.cache_widest(policy, HoldResidual(), "ERTACache").settling(settled)
+        handle = denoiser.cache_widest(policy, HoldResidual(), "ERTACache")
+        forgetting = denoiser.when_forgetting(lambda: measured.past.clear())
+        return Handle.together([handle, forgetting]).settling(settled)
 
 
 class _Scaled:

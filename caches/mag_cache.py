@@ -72,24 +72,35 @@ class MagCache:
         tables = dict(_tables(self.ratios))
         measured: dict[str, _Measurement] = {}
 
-        def policy(branch: Branch) -> _RatioChain | _Measurement:
+        def settle() -> None:
             if not tables and any(
-                known.run == denoiser.clock.completed and known.ratios
-                for known in measured.values()
+                known.run == denoiser.clock.completed for known in measured.values()
             ):
                 tables.update(_measured_tables(measured))
-            if not tables:
-                measured[branch.name] = _Measurement(denoiser.clock.run)
-                return measured[branch.name]
-            return _RatioChain(self, tables.get(branch.name) or next(iter(tables.values())))
+
+        def policy(branch: Branch) -> _RatioChain | _Measurement:
+            settle()
+            if tables:
+                return _RatioChain(self, tables.get(branch.name) or next(iter(tables.values())))
+            run = denoiser.clock.run
+            if any(known.run != run for known in measured.values()):
+                measured.clear()
+            measured[branch.name] = _Measurement(run)
+            return measured[branch.name]
 
         def settled() -> MagCache:
-            found = self.ratios or tables or _measured_tables(measured) or None
-            return replace(self, ratios=found)
+            settle()
+            return replace(self, ratios=self.ratios or dict(tables) or None)
+
+        def release() -> None:
+            for each in measured.values():
+                each.norms = None
 
         if not tables:
             logger.info("MagCache: no ratios known; the first run is computed in full and measured")
-        return denoiser.cache(policy, self.reuse, method="MagCache").settling(settled)
+        handle = denoiser.cache(policy, self.reuse, method="MagCache")
+        forgetting = denoiser.when_forgetting(release)
+        return Handle.together([handle, forgetting]).settling(settled)
 
 
 class _RatioChain:

@@ -85,8 +85,10 @@ class Products(Compute):
         self.places.append(context.place)
         self.total = context.schedule
         self.gram.add(site.kept[0])
-        if context.last:
-            self.gram.values = []
+
+    def release(self) -> None:
+        """Hold no tensor after the run; the products stay."""
+        self.gram.values.clear()
 
 
 class BranchProducts:

@@ -13,7 +13,7 @@ from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.method import AccelError, Handle, check, is_number
 from accel.site import Approximator, Branch, Computed, Policy, Signals, StepContext
-from accel.sublayer import KINDS, Sublayer, cache_sublayers
+from accel.sublayer import KINDS, Sublayer, cache_sublayers, sublayers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,13 @@ class SmoothCache:
             settle()
             return replace(self, errors=dict(found) or None)
 
+        owner = type(denoiser.module).__name__
+        lacking = {layer.kind for layer in sublayers(denoiser.chain, owner)} - found.keys()
+        if found and lacking:
+            raise AccelError(
+                f"SmoothCache(errors=…): nothing for the {' and '.join(sorted(lacking))} layers of "
+                f"{owner}"
+            )
         if not found:
             logger.info("SmoothCache: no errors known; the first run is computed and measured")
         handle = cache_sublayers(denoiser, policies, self.reuse, "SmoothCache")

@@ -70,24 +70,35 @@ class TeaCache:
         known: list[TeaCache] = [] if self.polynomial is None else [self]
         measured: dict[str, _Measurement] = {}
 
-        def policy(branch: Branch) -> _Accumulate | _Measurement:
+        def settle() -> None:
             if not known and any(
                 each.run == denoiser.clock.completed and each.pairs for each in measured.values()
             ):
                 known.append(_fit(self, measured))
-            if not known:
-                measured[branch.name] = _Measurement(denoiser.clock.run)
-                return measured[branch.name]
-            return _Accumulate(known[0])
+
+        def policy(branch: Branch) -> _Accumulate | _Measurement:
+            settle()
+            if known:
+                return _Accumulate(known[0])
+            run = denoiser.clock.run
+            if any(each.run != run for each in measured.values()):
+                measured.clear()
+            measured[branch.name] = _Measurement(run)
+            return measured[branch.name]
 
         def settled() -> TeaCache:
-            if known:
-                return known[0]
-            return _fit(self, measured) if any(each.pairs for each in measured.values()) else self
+            settle()
+            return known[0] if known else self
+
+        def release() -> None:
+            for each in measured.values():
+                each.observed = each.output = None
 
         if not known:
             logger.info("TeaCache: no polynomial known; the first run is computed and measured")
-        return denoiser.cache(policy, self.reuse, method="TeaCache").settling(settled)
+        handle = denoiser.cache(policy, self.reuse, method="TeaCache")
+        forgetting = denoiser.when_forgetting(release)
+        return Handle.together([handle, forgetting]).settling(settled)
 
 
 class _Accumulate:

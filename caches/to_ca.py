@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
+from accel.guidance import is_doubled
 from accel.method import AccelError, Handle, check, is_count, is_number
 from accel.site import Branch, Computed, Policy, Signals, StepContext, Streams
 from accel.sublayer import Sublayer, cache_sublayers
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+WAN_WORDS = 512
+"""Length of the prompt behind the picture's tokens, as in diffusers' Wan."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +36,11 @@ class ToCa:
     `interval`, plus `spread` · score for the best token of each `cell` × `cell` patch of the grid.
 
     Influence: where the block has cross-attention, 1 + the entropy of the token's attention to the
-    text, as in the paper; elsewhere the smallness of its value vector (the authors' DuCa), because
-    fused kernels give no attention maps. Scores are unit vectors over the tokens, taken at full
-    steps. In one call for both guidance branches their scores are averaged. Layers that have
-    other tokens than the scored ones (text MLPs) are scored by age alone; fused layers are reused.
+    words that its mask lets through, as in the paper; elsewhere the smallness of its value vector
+    (the authors' DuCa), because fused kernels give no attention maps. Scores are unit vectors over
+    the tokens, taken at full steps. In one call for both guidance branches their scores are
+    averaged. Layers that have other tokens than the scored ones (text MLPs) are scored by age
+    alone; fused layers are reused.
 
     Rows of a batch choose their own tokens. Holds one tensor a sublayer and branch.
     """
@@ -71,17 +77,21 @@ class ToCa:
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to every attention and MLP layer."""
         depth = max(len(denoiser.chain.blocks) - 1, 1)
-        halves = denoiser.family.guidance == "batched"
+
+        def doubled() -> bool:
+            assert denoiser.forward is not None  # asked by policies only
+            return is_doubled(denoiser, denoiser.forward.arguments)
 
         def policies(_: Branch, layers: Sequence[Sublayer]) -> list[Policy]:
-            crossed = {layer.block for layer in layers if layer.kind == "cross"}
-            scores = {layer.block: _Influence(halves) for layer in layers}
+            halves = cache(doubled)
+            crossed = {layer.parent for layer in layers if layer.kind == "cross"}
+            scores = {layer.parent: _Influence(halves) for layer in layers}
             return [
                 _Tokens(
                     self,
                     layer,
-                    scores[layer.block],
-                    layer.kind == ("cross" if layer.block in crossed else "self"),
+                    scores[layer.parent],
+                    layer.kind == ("cross" if layer.parent in crossed else "self"),
                     layer.block / depth,
                 )
                 for layer in layers
@@ -93,17 +103,20 @@ class ToCa:
 class _Influence:
     """The scores of one block's tokens, (batch, tokens), from its last full step."""
 
-    def __init__(self, halves: bool) -> None:
+    def __init__(self, halves: Callable[[], bool]) -> None:
+        """`halves`: whether the batch holds both guidance branches."""
         self.halves = halves
         self.score: Tensor | None = None
 
-    def of_attention(self, attention: Any, hidden: Tensor, text: Tensor | None) -> None:
-        """Take the scores from the input of an attention layer."""
-        if text is None or text.shape[1] == 0 or getattr(attention, "add_k_proj", None) is not None:
+    def of_attention(
+        self, attention: Any, hidden: Tensor, text: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Take the scores from the input of an attention layer; `text` of cross-attention."""
+        if text is None or text.shape[1] == 0:
             score = -attention.to_v(hidden).float().norm(dim=-1)
         else:
-            score = 1 + _entropy(attention, hidden, text)
-        if self.halves and len(score) % 2 == 0:
+            score = 1 + _entropy(attention, hidden, text, mask)
+        if len(score) % 2 == 0 and self.halves():
             uncond, cond = score.chunk(2)
             score = ((uncond + cond) / 2).repeat(2, 1)
         self.score = torch.nn.functional.normalize(score, dim=1)
@@ -126,10 +139,13 @@ class _Tokens:
         return context.skipped < self.settings.interval - 1
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:
-        hidden, text = site.inputs
+        hidden, text, mask = site.inputs
         self.output, self.age = site.outputs[0], None
-        if self.scores and hidden is not None and self.settings.interval > 1:
-            self.influence.of_attention(self.layer.modules[0], hidden, text)
+        if not self.scores or hidden is None or self.settings.interval == 1:
+            return
+        attention = self.layer.modules[0]
+        words = _words(attention, text) if self.layer.kind == "cross" else None
+        self.influence.of_attention(attention, hidden, words, mask)
 
     def refine(
         self,
@@ -173,22 +189,42 @@ class _Tokens:
         return score
 
 
-def _entropy(attention: Any, hidden: Tensor, text: Tensor) -> Tensor:
+def _words(attention: Any, text: Any) -> Tensor | None:
+    """The prompt without a picture's tokens: an IP adapter's beside it, Wan's before it."""
+    words: Tensor | None = text[0] if isinstance(text, tuple) else text
+    if words is not None and getattr(attention, "add_k_proj", None) is not None:
+        words = words[:, -WAN_WORDS:]
+    return words
+
+
+def _entropy(attention: Any, hidden: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
     """Entropy of each token's attention to the text, its heads averaged: (batch, tokens)."""
     query, key = attention.to_q(hidden), attention.to_k(text)
     norms = getattr(attention, "norm_q", None), getattr(attention, "norm_k", None)
-    heads = attention.heads
+    width = query.shape[-1] // attention.heads
 
     def split(tensor: Tensor, norm: Any) -> Tensor:
         if norm is not None and norm.weight.shape[-1] == tensor.shape[-1]:
             tensor, norm = norm(tensor), None
-        tensor = tensor.unflatten(-1, (heads, -1)).transpose(1, 2)
+        tensor = tensor.unflatten(-1, (-1, width)).transpose(1, 2)
         return (tensor if norm is None else norm(tensor)).float()
 
     query, key = split(query, norms[0]), split(key, norms[1])
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1).mean(1)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = _masked(query @ key.transpose(-1, -2) / width**0.5, mask)
+    weights = logits.softmax(-1).mean(1)
     entropy: Tensor = -(weights * (weights + 1e-7).log()).sum(-1)
     return entropy
+
+
+def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits (batch, heads, tokens, words) with a layer's mask: a bias, or nonzero for words."""
+    if mask is None or mask.shape[-1] != logits.shape[-1]:
+        return logits
+    mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+    if mask.is_floating_point():
+        return logits + mask
+    return logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min)
 
 
 def _spread(score: Tensor, grid: tuple[int, int, int] | None, cell: int, bonus: float) -> Tensor:

@@ -36,16 +36,23 @@ class Fastest:
         """The kernel for a call; the first one of a shape costs a few calls of each candidate."""
         key = signature(call)
         if key not in self.pinned:
-            self.pinned[key] = self._measured(call)
+            measured = self._measured(call)
+            if measured is None:
+                return "sdpa"
+            self.pinned[key] = measured
         return self.pinned[key]
 
-    def _measured(self, call: AttentionCall) -> str:
+    def _measured(self, call: AttentionCall) -> str | None:
+        """None where the call's values tell nothing: torch's own are not finite."""
         runnable = [n for n in self.candidates if KERNELS[n].why_not(call.query) is None]
-        if len(runnable) < 2:
+        others = [name for name in runnable if name != "sdpa"]
+        if not others:
             return "sdpa"
         expected = call.plain()
-        seconds: dict[str, float] = {}
-        for name in runnable:
+        if not bool(expected.isfinite().all()):
+            return None
+        seconds = {"sdpa": _seconds(call.plain, call.query)}
+        for name in others:
             run = KERNELS[name].run
             try:
                 output = run(call)

@@ -140,17 +140,21 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _exchange(module: Any, quantised: Tensor) -> Callable[[], None]:
-    """Put a quantised weight into a layer; the undo puts the very same parameter back."""
+    """Put a quantised weight into a layer; the undo puts the very same parameter back.
+
+    It comes back on the device and in the dtype that the layer was moved to meanwhile.
+    """
     original = module.weight
     stand_in = torch.nn.Parameter(quantised, requires_grad=False)
     module._parameters["weight"] = stand_in
-    on_device = original.device.type == "cuda"
-    if on_device:
+    if original.device.type == "cuda":
         original.data = original.data.to("cpu")
 
     def undo() -> None:
-        if on_device:
-            original.data = original.data.to(module.weight.device)
+        # torchao's weights say their first dtype whatever the layer was moved to
+        now = module.weight if module.bias is None else module.bias
+        if not now.is_meta:  # offloaded piece by piece since: its hooks move the original too
+            original.data = original.data.to(now.device, now.dtype)
         module._parameters["weight"] = original
 
     return undo

@@ -52,6 +52,8 @@ class QuantisedWeight(torch.Tensor):
         """A linear layer with this weight; the rest goes on to `__torch_dispatch__`."""
         if func is functional.linear:
             return _linear(*args, **(kwargs or {}))
+        if func is torch.Tensor.storage:  # what safetensors asks for
+            raise _refusal("The memory")
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -65,10 +67,7 @@ class QuantisedWeight(torch.Tensor):
         if func is torch.ops.aten._to_copy.default:
             dtype = kwargs.pop("dtype", None) or args[0].dtype
             return _mapped(args[0], lambda part: func(part, **kwargs), dtype)
-        raise AccelError(
-            f"{func} of a weight that accel.Linear quantised; unpatch first, for instance to fuse "
-            "a LoRA or to save the weights"
-        )
+        raise _refusal(str(func))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """For torch.compile and module moves."""
@@ -84,6 +83,13 @@ class QuantisedWeight(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantisedWeight({self.format}, {tuple(self.shape)})"
+
+
+def _refusal(wanted: str) -> AccelError:
+    return AccelError(
+        f"{wanted} of a weight that accel.Linear quantised; unpatch first, for instance to fuse "
+        "a LoRA or to save the weights"
+    )
 
 
 def _built(

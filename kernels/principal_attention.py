@@ -63,18 +63,24 @@ def second_moments(query: Tensor, key: Tensor) -> Tensor:
     return q.mT @ q + k.mT @ k
 
 
-def directions(moments: Tensor, variance: float) -> Tensor:
-    """The leading eigenvectors, (batch, heads, head_dim, r).
+def directions(moments: Tensor, variance: float) -> Tensor | None:
+    """The leading eigenvectors, (batch, heads, head_dim, r); None where every sample needs all.
 
     r is what the neediest head of all needs, as a multiple of 8; in the other heads the directions
-    beyond their own are zero, so that no head and no sample depends on another.
+    beyond their own are zero. A sample with a head that needs all of them keeps all in every head,
+    as it would alone, so that no sample depends on another.
     """
     values, vectors = torch.linalg.eigh(moments)
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     before = values.cumsum(-1) - values
     wanted = (before < variance * values.sum(-1, keepdim=True)) | (variance == 1)
-    most = int(wanted.sum(-1).max())
-    width = min(-(-most // MULTIPLE) * MULTIPLE, wanted.shape[-1])
+    size: int = wanted.shape[-1]
+    widths = [-(-most // MULTIPLE) * MULTIPLE for most in wanted.sum(-1).amax(-1).tolist()]
+    if min(widths) >= size:
+        return None
+    whole = torch.tensor([width >= size for width in widths], device=wanted.device)
+    wanted |= whole[:, None, None]
+    width = min(max(widths), size)
     found: Tensor = vectors[..., :width] * wanted[..., None, :width]
     return found
 
@@ -85,7 +91,7 @@ class Pruning:
     def __init__(self, settings: PrincipalAttention, denoiser: Denoiser) -> None:
         self.settings, self.denoiser = settings, denoiser
         self.moments: dict[Key, Tensor] = {}
-        self.found: dict[Key, Tensor] = {}
+        self.found: dict[Key, Tensor | None] = {}
         self.barred: set[int] = set()
         self.done: set[int] = set()
 
@@ -121,8 +127,7 @@ class Pruning:
         if key in self.moments:
             self.found[key] = directions(self.moments.pop(key), self.settings.variance)
         basis = self.found.get(key)
-        narrow = basis is not None and basis.shape[-1] < call.query.shape[-1]
-        if basis is None or not narrow or module in self.barred:
+        if basis is None or module in self.barred:
             return call.plain()
         self.done.add(module)
         return _along(call, basis.to(call.query.dtype))

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import pad
 
 from accel.attention_calls import AttentionCall, intercept, self_attention
-from accel.geometry import TEXT_FIRST
+from accel.geometry import picture_start
 from accel.kernels.block_sparse_attention import block_sparse_attention
 from accel.kernels.token_tiles import Grid, sequence_orders, tile_places
 from accel.method import Handle, check, is_count, is_number
@@ -46,8 +46,8 @@ class SparseSettings(Protocol):
 
 
 Choose = Callable[[AttentionCall, Grid, int], "Tensor"]
-"""From a call in tile order, the grid and the tokens of text at its end: which blocks of keys each
-block of queries keeps, bool (batch or 1, heads or 1, blocks, blocks)."""
+"""From a call in tile order, the grid and the tokens of text and reference pictures at its end:
+which blocks of keys each block of queries keeps, bool (batch or 1, heads or 1, blocks, blocks)."""
 
 
 def check_sparse(owner: SparseSettings) -> None:
@@ -113,16 +113,14 @@ class _Tiled:
 
     def tiled(self, call: AttentionCall, grid: Grid) -> tuple[AttentionCall, Tensor] | None:
         """The call in tile order and the way back; None, with a warning, where it is dense."""
-        reason = self._why_not(call, grid)
-        if reason is not None:
-            if reason not in self.reasons:
-                logger.warning("%s: attention stays dense: %s", self.name, reason)
-            self.reasons.add(reason)
+        found = self._start(call, grid)
+        if isinstance(found, str):
+            if found not in self.reasons:
+                logger.warning("%s: attention stays dense: %s", self.name, found)
+            self.reasons.add(found)
             return None
-        text = call.query.shape[2] - math.prod(grid)
-        first = self.denoiser.family.name in TEXT_FIRST
-        device = call.query.device
-        order, inverse = sequence_orders(grid, self.settings.tile, text, first, device)
+        tokens, device = call.query.shape[2], call.query.device
+        order, inverse = sequence_orders(grid, self.settings.tile, found, tokens, device)
         parts = (call.query, call.key, call.value)
         return call.over(*(each.index_select(2, order) for each in parts)), inverse
 
@@ -133,7 +131,8 @@ class _Tiled:
             return None
         return self.denoiser.grid(forward.arguments)
 
-    def _why_not(self, call: AttentionCall, grid: Grid) -> str | None:
+    def _start(self, call: AttentionCall, grid: Grid) -> int | str:
+        """The first of the tokens that lie on the grid, or why the layer stays dense."""
         tokens = call.query.shape[2]
         if call.attn_mask is not None or call.is_causal:
             return "it has a mask"
@@ -141,7 +140,11 @@ class _Tiled:
             return f"{call.query.shape[2]} and {call.key.shape[2]} tokens are not a grid of {grid}"
         if tokens < self.settings.least:
             return f"{tokens} tokens are fewer than {self.settings.least}"
-        return None
+        assert self.denoiser.forward is not None  # it has a grid
+        start = picture_start(self.denoiser.family, self.denoiser.forward.arguments, tokens, grid)
+        if start is None:
+            return "which of its tokens are text is not known"
+        return start
 
 
 class _Watched(_Tiled):
@@ -192,7 +195,7 @@ class _Sparse(_Tiled):
     def _over_blocks(self, tiled: AttentionCall, grid: Grid) -> Tensor:
         """Choose blocks and attend."""
         size, tokens = math.prod(self.settings.tile), tiled.query.shape[2]
-        text = tokens - math.prod(grid)
+        text = tokens - math.prod(grid)  # and reference pictures
         mask = self.choose(tiled, grid, text)
         if text:
             words = (tokens - text) // size  # the first block that holds text

@@ -37,10 +37,9 @@ def tile_places(grid: Grid, tile: Grid, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def sequence_orders(
-    grid: Grid, tile: Grid, text: int, text_first: bool, device: torch.device
+    grid: Grid, tile: Grid, start: int, tokens: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(order, inverse) of a sequence: the video's tokens by tiles, then `text` tokens of text."""
-    video = tile_order(grid, tile) + (text if text_first else 0)
-    words = torch.arange(text) + (0 if text_first else len(video))
-    order = torch.cat((video, words))
+    """(order, inverse) of `tokens`: the video's by tiles, from `start` on, then all others."""
+    video = tile_order(grid, tile) + start
+    order = torch.cat((video, torch.arange(start), torch.arange(start + len(video), tokens)))
     return order.to(device), order.argsort().to(device)

@@ -1,7 +1,7 @@
 """Denoisers that the engine describes by their structure, and what their structure does not tell.
 
 Fields of `accel.family.Family` that replace those of `accel.family.detect`. Whoever is not here
-(AuraFlow, Sana, HiDream, Allegro, HunyuanDiT, CogView3+, ...) has batched guidance, the
+(Sana, HiDream, Allegro, HunyuanDiT, CogView3+, ...) has batched guidance, the
 unconditional half first. Read from diffusers' pipelines; what was run is in docs/families.md.
 """
 
@@ -18,7 +18,8 @@ TOLD: dict[str, dict[str, Any]] = {
     "HunyuanVideo15Transformer3DModel": TWO_CALLS,
     "HunyuanImageTransformer2DModel": TWO_CALLS,
     "Kandinsky5Transformer3DModel": TWO_CALLS,
-    "CogView4Transformer2DModel": TWO_CALLS,
+    "CogView4Transformer2DModel": {**TWO_CALLS, "text": "first"},
+    "AuraFlowTransformer2DModel": {"text": "first"},
     "Lumina2Transformer2DModel": TWO_CALLS,
     "SkyReelsV2Transformer3DModel": TWO_CALLS,
     "WanVACETransformer3DModel": TWO_CALLS,

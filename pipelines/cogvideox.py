@@ -31,5 +31,6 @@ FAMILY = Family(
     stacks=(Stack("transformer_blocks", (HIDDEN, ENCODER)),),
     observer=time_embedding(),
     frames_first=True,
+    text="first",
     resized=resized,
 )

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 
 def grid(arguments: Arguments) -> tuple[int, int, int]:
-    """From the coordinates of the image tokens, (tokens, 3): how many rows and columns differ."""
-    rows, columns = arguments.get("img_ids").reshape(-1, 3)[:, 1:].unbind(1)
+    """From the coordinates of the image tokens, (tokens, 3): how many rows and columns differ.
+
+    The first coordinate tells Kontext's reference pictures, which are not of the grid, from it.
+    """
+    ids = arguments.get("img_ids").reshape(-1, 3)
+    rows, columns = ids[ids[:, 0] == 0][:, 1:].unbind(1)
     return (1, len(rows.unique()), len(columns.unique()))
 
 
@@ -31,6 +35,7 @@ FAMILY = Family(
     observer=modulated_input,
     grid=grid,
     packed=2,
+    text="first",
     resized=resized,
     coordinates=True,
 )

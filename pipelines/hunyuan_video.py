@@ -10,5 +10,6 @@ FAMILY = Family(
     ),
     guidance="sequential",
     observer=modulated_input,
+    text="last",
     resized=by_shape,
 )

@@ -6,5 +6,6 @@ FAMILY = Family(
     name="mochi",
     stacks=(Stack("transformer_blocks", (HIDDEN, ENCODER)),),
     observer=modulated_input,
+    text="last",
     resized=by_shape,
 )

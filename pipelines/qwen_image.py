@@ -29,5 +29,6 @@ FAMILY = Family(
     observer=time_embedding(),
     grid=grid,
     packed=2,
+    text="first",
     resized=resized,
 )

@@ -6,5 +6,6 @@ FAMILY = Family(
     name="sd3",
     stacks=(Stack("transformer_blocks", (ENCODER, HIDDEN)),),
     observer=modulated_input,
+    text="last",
     resized=by_shape,
 )

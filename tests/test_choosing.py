@@ -9,6 +9,7 @@ import torch
 from tiny_pipelines import STEPS, built, run
 
 import accel
+from accel.recipe import Recipe, Validity
 
 FRONT = [
     {"entries": [{"name": "PlainCycle", "settings": {"interval": 2}}], "speedup": 1.8, "psnr": 48},
@@ -110,3 +111,18 @@ def test_a_run_that_saved_nothing_says_so(caplog) -> None:
     with accel.patched(tiny.pipe, accel.PlainCycle(interval=2)):
         run(tiny)
     assert "nothing was saved" not in caplog.text
+
+
+def test_a_recipe_with_stages_gives_way_and_comes_back() -> None:
+    """A refused run has the scheduler's own schedule, and the next one the stages' again."""
+    tiny, _ = built("sd3")
+    methods = (accel.PlainCycle(interval=2), accel.Progressive())
+    recipe = Recipe.of(methods).model_copy(update={"valid_for": Validity(steps=(10, 30))})
+    with accel.patched(tiny.pipe, accel.EasyCache()):
+        plain = run(tiny)
+    with accel.patched(tiny.pipe, *methods):
+        staged = run(tiny, num_inference_steps=12)
+    with accel.patched(tiny.pipe, recipe=recipe):
+        for _ in range(2):
+            assert torch.equal(run(tiny), plain)
+            assert torch.equal(run(tiny, num_inference_steps=12), staged)

@@ -18,10 +18,10 @@ def fresh(family: str) -> Tiny:
     return TINY[family]()
 
 
-def add_lora(pipe) -> None:
+def add_lora(pipe, layers=("to_q", "to_v")) -> None:
     torch.manual_seed(3)
     pipe.transformer.add_adapter(
-        LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        LoraConfig(r=2, lora_alpha=8, target_modules=list(layers), init_lora_weights=False)
     )
 
 
@@ -39,6 +39,26 @@ def test_lora_before_and_after_patching_agree(family) -> None:
     accel.unpatch(after.pipe)
     after.pipe.transformer.disable_adapters()
     assert torch.equal(run(after), built(family)[1])
+
+
+@pytest.mark.parametrize("method", [accel.FORA(interval=2), accel.TaylorSeer(interval=2)], ids=repr)
+def test_a_lora_on_layers_that_are_cached_may_come_and_go(method) -> None:
+    """A single-stream block's projections are overridden themselves, and PEFT exchanges them."""
+    before, after = fresh("flux"), fresh("flux")
+    layers = ["to_q", "to_v", "proj_mlp", "proj_out"]
+    add_lora(before.pipe, layers)
+    accel.patch(before.pipe, method)
+    accel.patch(after.pipe, method)
+    plain = run(after)
+    add_lora(after.pipe, layers)
+    result = run(after)
+    assert torch.equal(run(before), result)
+    assert not torch.equal(result, plain)
+    for tiny in (before, after):
+        tiny.pipe.transformer.unload_lora()
+        assert torch.equal(run(tiny), plain)
+        accel.unpatch(tiny.pipe)
+        assert torch.equal(run(tiny), built("flux")[1])
 
 
 @pytest.mark.parametrize(
@@ -166,6 +186,19 @@ def test_whole_compile_is_refused_for_block_methods() -> None:
     with pytest.raises(accel.AccelError, match="compile_repeated_blocks"):
         accel.patch(tiny.pipe, CYCLE)
     accel.patch(tiny.pipe, accel.EasyCache())
+
+
+@pytest.mark.parametrize("method", [accel.PlainCycle(2, whole=True), accel.CfgCache()], ids=repr)
+def test_a_model_exchanged_for_its_compiled_self(method) -> None:
+    """`OptimizedModule.forward` takes anything; a U-Net gets its latent by position."""
+    tiny = fresh("sd15")
+    with accel.patched(tiny.pipe, method) as handle:
+        expected, share = run(tiny), handle.report().share_computed
+    tiny.pipe.unet = torch.compile(tiny.pipe.unet, backend="eager")
+    with accel.patched(tiny.pipe, method) as handle:
+        assert torch.allclose(run(tiny), expected, rtol=1e-3, atol=1e-3)
+        assert handle.report().share_computed == share < 1
+    torch._dynamo.reset()
 
 
 def test_copies_of_patched_models_are_plain_and_independent() -> None:

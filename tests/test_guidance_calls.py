@@ -187,8 +187,10 @@ def test_guidance_that_ends_in_a_run_of_two_calls() -> None:
         assert torch.equal(run(tiny, callback_on_step_end=ended(3)), untouched)
 
 
-def test_two_pictures_of_one_seed_are_not_taken_for_guidance() -> None:
-    tiny, _ = built("sd15")
+@pytest.mark.parametrize("name", ["sd15", "pixart"])
+def test_two_pictures_of_one_seed_are_not_taken_for_guidance(name) -> None:
+    """PixArt's pipeline does not say whether it guides; its scale does."""
+    tiny, _ = built(name)
     call = {"prompt": ["a cat", "zebra"], "negative_prompt": None, "guidance_scale": 1.0}
     same = [torch.Generator().manual_seed(3) for _ in range(2)]
     with (

@@ -5,10 +5,11 @@ import logging
 
 import pytest
 import torch
-from tiny_pipelines import built, run
+from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import known_recipes, model_zoo
+from accel.fingerprint import fingerprint
 from accel.recipe import Recipe, published_names
 
 
@@ -55,6 +56,19 @@ def test_an_unknown_model_gets_the_online_method() -> None:
     with accel.patched(tiny.pipe) as handle:
         assert handle.methods == (accel.EasyCache(),)
     assert torch.equal(run(tiny), baseline)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan21", "sd15"])
+def test_quantised_weights_are_not_looked_up(name) -> None:
+    """Families of which a model is shipped, so that weights are compared."""
+    quantization = pytest.importorskip("torchao.quantization")
+    pipe = TINY[name]().pipe
+    module = getattr(pipe, "transformer", None) or pipe.unet
+    quantization.quantize_(module, quantization.Int8WeightOnlyConfig())
+    with accel.patched(pipe) as handle:
+        assert handle.methods == (accel.EasyCache(),)
+    with pytest.raises(accel.AccelError, match="before they were quantised"):
+        fingerprint(pipe)
 
 
 def test_every_known_model_names_published_settings_of_its_class() -> None:

@@ -77,3 +77,29 @@ def test_wrong_budgets_are_refused(memory) -> None:
     with pytest.raises(accel.AccelError, match="memory="):
         accel.patch(tiny.pipe, accel.FORA(), memory=memory)
     assert "_accel_patch" not in tiny.pipe.__dict__
+
+
+@pytest.mark.parametrize(
+    ("family", "methods"),
+    [
+        ("wan22", [accel.TaylorSeer(interval=2, warmup=1)]),
+        ("sd3", [accel.FORA(interval=2), accel.CfgCache()]),
+        ("sd3", [accel.FORA(interval=2), accel.Progressive()]),
+        ("sd3", [accel.FORA(interval=2), accel.CfgZeroStar(zero=0.25)]),
+    ],
+    ids=["two denoisers", "branches apart", "sizes", "a first step without a call"],
+)
+def test_whatever_is_called_first_stays_within_the_budget(family, methods) -> None:
+    """Calls that are unlike the run's first one."""
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, *methods) as handle:
+        run(tiny)
+        held = handle.report().memory_bytes
+    with (
+        accel.patched(tiny.pipe, *methods, memory=held // 4),
+        pytest.raises(accel.AccelError, match="budget"),
+    ):
+        run(tiny)
+    with accel.patched(tiny.pipe, *methods, memory=8 * held) as handle:
+        run(tiny)
+        assert handle.report().memory_bytes <= 8 * held

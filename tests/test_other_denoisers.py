@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from tiny_others import OTHERS, other
 from tiny_parts import Tiny, finish, run
-from tiny_pipelines import built
+from tiny_pipelines import TINY, built
 from torch import nn
 
 import accel
@@ -188,3 +189,24 @@ def test_a_profile_is_whole(name: str) -> None:
     assert seen.guided == (name != "ltx2")
     if name == "z_image":
         assert accel.calibrate(tiny.pipe, ["a cat"], psnr=5.0, call=call).recipe.methods
+
+
+def test_a_pipeline_that_steps_copies_of_its_scheduler_is_told(monkeypatch, caplog) -> None:
+    """Diffusion forcing: no step is ever seen."""
+    module = importlib.import_module(
+        "diffusers.pipelines.skyreels_v2.pipeline_skyreels_v2_diffusion_forcing"
+    )
+    monkeypatch.setattr(module, "prompt_clean", lambda text: text)  # ftfy
+    wan = TINY["wan21"]().pipe
+    pipe = module.SkyReelsV2DiffusionForcingPipeline(
+        tokenizer=wan.tokenizer,
+        text_encoder=wan.text_encoder,
+        transformer=d.SkyReelsV2Transformer3DModel.from_config(dict(wan.transformer.config)),
+        vae=wan.vae,
+        scheduler=d.UniPCMultistepScheduler(flow_shift=8.0, use_flow_sigmas=True),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 16, "width": 16, "num_frames": 5, "base_num_frames": 5}
+    with accel.patched(pipe, accel.PlainCycle(interval=2)):
+        pipe("a cat", **call, num_inference_steps=4, max_sequence_length=16, output_type="latent")
+    assert "never steps its own scheduler" in caplog.text

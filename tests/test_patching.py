@@ -34,6 +34,20 @@ def test_failed_patching_keeps_the_previous_patch() -> None:
         assert accel.stats(tiny.pipe).hit_rate == 0.5
 
 
+def test_a_recipe_is_looked_up_by_the_weights_below_the_previous_patch() -> None:
+    tiny, wanted = built("flux")
+    linear = accel.Linear("int8", least=16, backend="own")
+    with accel.patched(tiny.pipe, linear):
+        assert accel.patch(tiny.pipe).methods == (accel.EasyCache(),)
+        handle = accel.patch(tiny.pipe, linear)
+        with pytest.raises(accel.AccelError, match="not both"):
+            accel.patch(tiny.pipe, CYCLE, speedup=2.0)
+        assert handle.methods == (linear,)
+        assert not torch.equal(run(tiny), wanted)
+        accel.unpatch(tiny.pipe)
+    assert torch.equal(run(tiny), wanted)
+
+
 class Nothing(torch.nn.Module):
     pass
 

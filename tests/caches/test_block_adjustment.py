@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from contract_cases import context_at
+from safetensors.torch import load_file
 from tiny_pipelines import STEPS, built, run
 
 import accel
@@ -21,7 +22,7 @@ def test_a_scaled_and_shifted_residual_is_recovered(tmp_path, shape) -> None:
     scale = torch.rand(6, generator=generator).view(broadcast) + 0.5
     shift = torch.randn(6, generator=generator).view(broadcast)
     wanted = reused * scale + shift
-    adjustment = Adjustment(tmp_path / "a.safetensors", "Model")
+    adjustment = Adjustment(tmp_path / "a.safetensors", "Model", "unet")
     key = adjustment.key(0, context_at(3, STEPS))
     assert torch.equal(adjustment.adjusted(key, reused), reused)
     adjustment.fit(key, reused, wanted)
@@ -49,6 +50,25 @@ def test_the_second_run_fits_and_the_third_uses(family, tmp_path) -> None:
         assert torch.allclose(again, used, atol=2e-2)
     assert (again - baseline).norm() < (unadjusted - baseline).norm()
     assert torch.equal(run(tiny), baseline)
+
+
+def test_both_experts_are_fitted_and_kept(tmp_path) -> None:
+    tiny, _ = built("wan22")
+    file, steps = tmp_path / "fitted.safetensors", 16
+    changes = ((0.0, *(0.2,) * (steps - 1)),)
+    method = accel.BlockCaching(threshold=0.5, changes=changes, adjustment=str(file))
+    with accel.patched(tiny.pipe, method) as handle:
+        fitting = run(tiny, num_inference_steps=steps)
+        names = {row.denoiser for row in handle.report().rows}
+    assert {key.split(".")[0] for key in load_file(file)} == names
+    assert len(names) == 2
+    with accel.patched(tiny.pipe, method) as handle:
+        used = run(tiny, num_inference_steps=steps)
+        shares = {name: 0.0 for name in names}
+        for row in handle.report().rows:
+            shares[row.denoiser] += row.blocks - row.blocks_run
+    assert min(shares.values()) > 0, "nothing is fitted anew"
+    assert torch.allclose(used, fitting, atol=2e-2)
 
 
 def test_an_interrupted_run_writes_nothing(tmp_path) -> None:

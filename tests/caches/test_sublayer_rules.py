@@ -16,6 +16,7 @@ from accel.caches.faster_cache import _Window as FasterWindow
 from accel.caches.pyramid_attention_broadcast import _Broadcast
 from accel.caches.schedules import Cycle
 from accel.site import Computed
+from accel.sublayer import Sublayer
 
 
 class Changes:
@@ -93,6 +94,37 @@ def test_the_first_run_measures(kind, family) -> None:
         assert torch.equal(run(tiny), result)
 
 
+def test_bac_computes_what_the_measured_expert_did_not_run() -> None:
+    tiny, _ = built("wan22")
+    with accel.patched(tiny.pipe, accel.BAC(share=0.5)) as handle:
+        run(tiny, num_inference_steps=16)
+        rows = handle.report().rows
+        (settled,) = handle.methods
+    (first, second) = ({row.step for row in rows if row.denoiser == n} for n in experts(rows))
+    assert first and second
+    assert all(row[step] for row in settled.schedules for step in second)
+    assert any(not row[step] for row in settled.schedules for step in first)
+
+
+def experts(rows) -> list[str]:
+    return list(dict.fromkeys(row.denoiser for row in rows))
+
+
+def test_bac_keeps_a_sample_and_not_the_output() -> None:
+    measured = bac._Measurement()
+    output = (torch.randn(1, 64, bac.SAMPLES),)
+    bac._Watch(measured, 0).computed(context_at(0, 4), None, Computed(output, output, output))
+    (sample,) = measured.samples[0].values()
+    assert sample.untyped_storage().nbytes() <= 2 * 4 * bac.SAMPLES
+
+
+def test_smooth_cache_names_the_kinds_without_errors() -> None:
+    tiny, _ = built("wan21")
+    rows = ((0.1,) * 8,) * smooth_cache.LAGS
+    with pytest.raises(accel.AccelError, match="nothing for the cross layers"):
+        accel.patch(tiny.pipe, accel.SmoothCache(errors={"self": rows, "mlp": rows}))
+
+
 def test_bac_schedules_equal_brute_force() -> None:
     generator = np.random.default_rng(0)
     for _ in range(5):
@@ -145,6 +177,14 @@ def test_ada_cache_follows_its_codebook() -> None:
         *(0, 1, 5, 7),
         *(8, 9, 10, 11),
     ], "0.6 over four steps is 0.15: two steps"
+
+
+def test_ada_cache_observes_the_attention_nearest_to_the_middle() -> None:
+    double = [Sublayer(kind, n, None, (kind,)) for n in range(4) for kind in ("self", "mlp")]
+    single = [Sublayer("fused", n, None, ("proj_out",)) for n in range(4, 12)]
+    assert ada_cache.observer(double) == 2
+    assert ada_cache.observer(double + single) == 6
+    assert ada_cache.observer(single) == 0
 
 
 def test_ada_cache_motion_needs_a_video() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import diffusers as d
 import pytest
 import torch
 from contract_cases import context_at
+from diffusers.models.transformers.transformer_wan import WanAttention
 from tiny_pipelines import built, run
 
 import accel
@@ -64,9 +66,9 @@ def test_the_best_token_of_each_cell_is_raised() -> None:
 
 def test_ages_advance_and_fresh_tokens_start_anew() -> None:
     """With equal influence the stalest tokens are computed: all of them in turn."""
-    policy = _Tokens(accel.ToCa(ratio=0.5, interval=9), _Mlp, _Influence(False), False, 0.0)
+    policy = _Tokens(accel.ToCa(ratio=0.5, interval=9), _Mlp, _Influence(bool), False, 0.0)
     output = torch.zeros(1, 4, 2)
-    policy.computed(None, None, Computed((output, None), (output,), (output,)))
+    policy.computed(None, None, Computed((output, None, None), (output,), (output,)))
     chosen: list[list[int]] = []
 
     def compute(indices: torch.Tensor) -> tuple[torch.Tensor]:
@@ -90,12 +92,123 @@ def test_guidance_halves_choose_the_same_tokens() -> None:
     block = built("pixart")[0].pipe.transformer.transformer_blocks[0]
     hidden = torch.randn(4, 6, block.attn2.to_q.in_features)
     text = torch.randn(4, 5, block.attn2.to_k.in_features)
-    influence = _Influence(halves=True)
-    influence.of_attention(block.attn2, hidden, text)
+    influence = _Influence(halves=lambda: True)
+    influence.of_attention(block.attn2, hidden, text, None)
     assert torch.equal(influence.score[:2], influence.score[2:])
     alone = _entropy(block.attn2, hidden, text)
     assert (alone[:2] - alone[2:]).abs().max() > 0
     assert (alone > 0).all()
+
+
+@pytest.mark.parametrize("family", ["sd15", "pixart"])
+def test_images_of_a_batch_do_not_share_their_tokens(family) -> None:
+    tiny, _ = built(family)
+    with accel.patched(tiny.pipe, accel.ToCa(ratio=0.4, warmup=1)):
+        first, other = (
+            run(
+                tiny,
+                num_images_per_prompt=2,
+                generator=[torch.Generator().manual_seed(seed) for seed in (0, mate)],
+                guidance_scale=1.0,
+            )
+            for mate in (1, 7)
+        )
+    assert torch.equal(first[0], other[0])
+    assert not torch.equal(first[1], other[1])
+
+
+def test_words_behind_the_mask_change_nothing() -> None:
+    tiny, _ = built("pixart")
+    embeds, mask, negative, negative_mask = tiny.pipe.encode_prompt("a cat", device="cpu")
+    noisy = embeds.clone()
+    noisy[mask == 0] += torch.randn(noisy[mask == 0].shape)
+    given = {
+        "prompt": None,
+        "negative_prompt": None,
+        "prompt_attention_mask": mask,
+        "negative_prompt_embeds": negative,
+        "negative_prompt_attention_mask": negative_mask,
+    }
+    with accel.patched(tiny.pipe, accel.ToCa(ratio=0.4, warmup=1)):
+        first, second = (run(tiny, prompt_embeds=each, **given) for each in (embeds, noisy))
+    assert (mask == 0).any()
+    assert torch.equal(first, second)
+
+
+def test_masks_are_biases_or_kept_words() -> None:
+    torch.manual_seed(0)
+    attention = d.models.attention_processor.Attention(8, 6, heads=2, dim_head=4)
+    hidden, text = torch.randn(1, 6, 8), torch.randn(1, 5, 6)
+    wanted = _entropy(attention, hidden, text[:, :3])
+    kept = torch.tensor([[1, 1, 1, 0, 0]])
+    bias = -10000.0 * (1 - kept.float()).unsqueeze(1)
+    for mask in (kept, kept.bool(), bias, bias.unsqueeze(1)):
+        assert torch.allclose(_entropy(attention, hidden, text, mask), wanted, atol=1e-5)
+
+
+def test_heads_that_share_keys_are_scored() -> None:
+    torch.manual_seed(0)
+    parts = {"query_dim": 16, "cross_attention_dim": 6, "heads": 4, "dim_head": 4}
+    grouped = d.models.attention_processor.Attention(**parts, kv_heads=2)
+    full = d.models.attention_processor.Attention(**parts)
+    full.to_q.load_state_dict(grouped.to_q.state_dict())
+    wide = grouped.to_k.weight.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+    full.to_k.weight.data = wide
+    hidden, text = torch.randn(1, 6, 16), torch.randn(1, 5, 6)
+    assert torch.equal(_entropy(grouped, hidden, text), _entropy(full, hidden, text))
+
+
+class _Cross:
+    kind, block = "cross", 0
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        self.modules = (attention,)
+
+
+def scores_of(attention: torch.nn.Module, hidden: torch.Tensor, text) -> torch.Tensor:
+    influence = _Influence(bool)
+    policy = _Tokens(accel.ToCa(), _Cross(attention), influence, True, 0.0)
+    policy.computed(None, None, Computed((hidden, text, None), (hidden,), (hidden,)))
+    return influence.score
+
+
+def test_an_ip_adapter_picture_is_not_a_part_of_the_text() -> None:
+    attention = built("sd15")[0].pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 6, attention.to_q.in_features)
+    text = torch.randn(1, 5, attention.to_k.in_features)
+    found = scores_of(attention, hidden, (text, [torch.randn(1, 1, 4, 8)]))
+    assert torch.equal(found, scores_of(attention, hidden, text))
+
+
+def test_wan_scores_by_the_words_behind_the_picture() -> None:
+    torch.manual_seed(0)
+    attention = WanAttention(
+        8, heads=2, dim_head=4, added_kv_proj_dim=8, cross_attention_dim_head=4
+    )
+    hidden, words = torch.randn(1, 6, 8), torch.randn(1, 512, 8)
+    found = [
+        scores_of(attention, hidden, torch.cat((torch.randn(1, 7, 8), each), dim=1))
+        for each in (words, words, words.flip(0).roll(1, -1))
+    ]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_every_block_of_a_unet_layer_has_its_own_scores(monkeypatch) -> None:
+    made: dict[int, set[int]] = {}
+    begin = _Tokens.__init__
+
+    def watch(self, settings, layer, influence, *rest) -> None:
+        made.setdefault(id(layer.parent), set()).add(id(influence))
+        begin(self, settings, layer, influence, *rest)
+
+    monkeypatch.setattr(_Tokens, "__init__", watch)
+    tiny, _ = built("sdxl")
+    with accel.patched(tiny.pipe, accel.ToCa()):
+        run(tiny, num_inference_steps=1)
+    assert all(len(each) == 1 for each in made.values())
+    assert len(set.union(*made.values())) == len(made)
 
 
 def test_clusters_are_found_and_each_gives_a_member() -> None:

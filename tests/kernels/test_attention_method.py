@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,18 @@ def test_auto_pins_the_fastest_that_is_right(monkeypatch, caplog) -> None:
     times = iter([3.0, 2.9])
     again = attention_fastest.Fastest(["sdpa", "slow"])
     assert again.name(call) == "sdpa"  # a gain within the noise changes nothing
+
+
+def test_auto_pins_nothing_by_values_that_are_not_finite(monkeypatch) -> None:
+    """A prompt that overflowed must not end the run, nor choose for the next one."""
+    monkeypatch.setitem(KERNELS, "other", Fake(lambda call: call.plain()))
+    times = iter([3.0, 1.0])
+    monkeypatch.setattr(attention_fastest, "_seconds", lambda run, like: next(times))
+    fastest = attention_fastest.Fastest(["sdpa", "other"])
+    call = a_call()
+    lost = replace(call, plain=lambda: torch.full_like(call.query, torch.nan))
+    assert fastest.name(lost) == "sdpa"
+    assert fastest.name(call) == "other"
 
 
 def test_auto_is_exact_on_this_machine(baseline) -> None:

@@ -189,6 +189,30 @@ def test_moves_and_copies() -> None:
         _ = layer.weight + 1
 
 
+@pytest.mark.parametrize("backend", ["own", "torchao"])
+def test_weights_come_back_where_the_model_was_moved_to(backend) -> None:
+    if backend == "torchao":
+        pytest.importorskip("torchao")
+    tiny = TINY["flux"]()
+    module = tiny.pipe.transformer
+    own = {name: id(value) for name, value in module.named_parameters()}
+    with accel.patched(tiny.pipe, Linear("int8", least=16, backend=backend)):
+        tiny.pipe.to(torch.bfloat16)
+    assert {value.dtype for value in module.parameters()} == {torch.bfloat16}
+    assert {name: id(value) for name, value in module.named_parameters()} == own
+    assert torch.isfinite(run(tiny, num_inference_steps=2)).all()
+
+
+def test_quantised_weights_are_not_saved(tmp_path) -> None:
+    tiny, _ = built("flux")
+    with (
+        accel.patched(tiny.pipe, Linear("int8", **ALL)),
+        pytest.raises(accel.AccelError, match=r"accel.Linear quantised; unpatch first"),
+    ):
+        tiny.pipe.transformer.save_pretrained(tmp_path)
+    tiny.pipe.transformer.save_pretrained(tmp_path)
+
+
 def test_torchao_says_why_it_does_not_serve(monkeypatch) -> None:
     pytest.importorskip("torchao")
     cpu = torch.device("cpu")

@@ -65,6 +65,21 @@ def test_samples_of_a_batch_do_not_see_each_other() -> None:
     assert not both[:1, ..., width:].any()
 
 
+def test_a_sample_that_needs_every_direction_changes_no_other() -> None:
+    low, full = low_rank(8)[0], torch.eye(40, 32).expand(1, 2, -1, -1)
+    alone = part.directions(part.second_moments(low, low), 0.99)
+    both = part.directions(part.second_moments(*[torch.cat((low, full))] * 2), 0.99)
+    assert part.directions(part.second_moments(full, full), 0.99) is None
+    assert alone is not None
+    assert both is not None
+    width = alone.shape[-1]
+    assert width < both.shape[-1] == 32
+    torch.testing.assert_close(both[:1, ..., :width].abs(), alone.abs(), rtol=1e-3, atol=1e-4)
+    assert not both[:1, ..., width:].any()
+    scores = (full @ both[1:]) @ (full @ both[1:]).mT
+    torch.testing.assert_close(scores, full @ full.mT, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["flux", "wan21"])
 def test_runs_start_fresh_and_leave_nothing(name: str) -> None:
     tiny, _ = built(name)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_kontext import kontext
+from tiny_others import OTHERS
 from tiny_pipelines import TINY, built, run
 
 import accel
 from accel import RadialAttention, SpargeAttention, SparseVideoGen
+from accel.attention_calls import AttentionCall, intercept, self_attention
+from accel.geometry import picture_start
 from accel.kernels import sparge_attention, sparse_blocks, sparse_video_gen
 from accel.kernels.radial_attention import radial_blocks
 
@@ -54,6 +59,43 @@ def test_less_is_kept_and_rows_do_not_mix(method, monkeypatch) -> None:
     assert all(bool(mask.any(-1).all()) for mask in seen)
     with accel.patched(tiny.pipe, accel.PlainCycle(interval=2), method):
         assert torch.isfinite(run(tiny, num_inference_steps=4)).all()
+
+
+JOINT = ["flux", "qwen_image", "cogvideox", "sd3", "mochi", "hunyuan_video"]
+
+
+@pytest.mark.parametrize("name", [*JOINT, "kontext", "cogview4", "aura_flow"])
+def test_the_grid_lies_on_the_tokens_that_the_noise_decides(name) -> None:
+    """In the first layer of the first step; text and reference pictures are the same there."""
+    tiny = built(name)[0] if name in TINY else kontext() if name == "kontext" else OTHERS[name]()
+    seen = list[tuple[torch.Tensor, int, int]]()
+    with accel.patched(tiny.pipe, accel.PlainCycle(1)) as handle:
+        denoiser = handle._denoisers[0]
+
+        def look(call: AttentionCall) -> torch.Tensor:
+            arguments = denoiser.forward.arguments
+            grid, tokens = denoiser.grid(arguments), call.query.shape[2]
+            start = picture_start(denoiser.family, arguments, tokens, grid)
+            seen.append((call.query.clone(), start, math.prod(grid)))
+            return call.plain()
+
+        with intercept(denoiser, self_attention(denoiser, "a test")[:1], look):
+            run(tiny, num_inference_steps=2)
+            middle = len(seen)
+            run(tiny, num_inference_steps=2, generator=torch.Generator().manual_seed(1))
+    (one, start, count), (two, *_) = seen[0], seen[middle]
+    changed = (one != two).flatten(0, 1).any(0).any(-1).nonzero().flatten()
+    assert changed.tolist() == list(range(start, start + count))
+    assert count < one.shape[2]
+
+
+def test_layers_whose_text_is_not_known_stay_dense(monkeypatch, caplog) -> None:
+    tiny, latents = built("sd3")
+    with accel.patched(tiny.pipe, SpargeAttention(topk=0.3, **SMALL)) as handle:
+        denoiser = handle._denoisers[0]
+        monkeypatch.setattr(denoiser, "family", replace(denoiser.family, text=None))
+        assert torch.equal(run(tiny), latents)
+    assert "stays dense: which of its tokens are text is not known" in caplog.text
 
 
 def test_sparge_keeps_the_best_blocks_and_all_of_unlike_ones() -> None:

@@ -35,11 +35,10 @@ def test_tokens_of_a_tile_are_neighbours(grid, tile) -> None:
     assert tile_order(grid, tile).tolist() == [places[place] for place in ordered]
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_text_comes_last_and_the_inverse_undoes(first) -> None:
-    order, inverse = sequence_orders((2, 4, 4), (1, 2, 2), 5, first, CPU)
+@pytest.mark.parametrize("start", [0, 2, 5])
+def test_text_comes_last_and_the_inverse_undoes(start) -> None:
+    order, inverse = sequence_orders((2, 4, 4), (1, 2, 2), start, 37, CPU)
     tokens = torch.arange(37)
     assert torch.equal(tokens[order][inverse], tokens)
     assert sorted(order.tolist()) == tokens.tolist()
-    text = set(range(5)) if first else set(range(32, 37))
-    assert set(order[32:].tolist()) == text
+    assert set(order[:32].tolist()) == set(range(start, start + 32))
