@@ -31,7 +31,7 @@ class AdaCache:
     """After a computed step, reuse every layer for as many steps as the codebook says.
 
     Kahatapitiya et al., "Adaptive Caching for Faster Video Generation", 2024. At each computed step
-    d = ‖p_old − p‖₁ / ‖p_old‖₁ / r with p the output of the attention nearest to the middle block
+    d = ‖p_old − p‖₁ / ‖p_old‖₁ / r with p what the first attention from the middle block on gives,
     and r the distance to the computed step before; the next computed step is that of the first
     codebook entry (bound, distance) with d below its bound, else the next one. The first and the
     last two steps are computed. `codebook`: "fast" and "slow" (for about 30 steps), "100 steps", or
@@ -83,10 +83,14 @@ class AdaCache:
 
 
 def observer(layers: Sequence[Sublayer]) -> int:
-    """The number of the first attention nearest to the middle block; single streams have none."""
+    """The number of the first attention from the middle block on, or else of the last block's.
+
+    Single-stream blocks, of which the second half of FLUX is made, have none by itself.
+    """
     attention = [n for n, layer in enumerate(layers) if layer.kind in ("self", "temporal")]
     middle = layers[-1].block // 2
-    return min(attention, key=lambda n: abs(layers[n].block - middle), default=0)
+    last = max(attention, key=lambda n: layers[n].block, default=0)
+    return next((n for n in attention if layers[n].block >= middle), last)
 
 
 class _Rate:
