@@ -26,9 +26,10 @@ def token_grid(module: Any, family: Family, arguments: Arguments) -> Grid:
         return (frames, arguments.get("height"), arguments.get("width"))
     latent = arguments.get(family.latent)
     shape = torch.Size((len(latent), *latent[0].shape))  # Z-Image has a list of them
-    sizes = getattr(module.config, "patch_size", None) or 1
+    config = module.config
+    sizes = getattr(config, "patch_size", None) or getattr(config, "all_patch_size", (1,))[0]
     if isinstance(sizes, int):
-        sizes = (getattr(module.config, "patch_size_t", None) or 1, sizes, sizes)
+        sizes = (getattr(config, "patch_size_t", None) or 1, sizes, sizes)
     frames = 1 if len(shape) == 4 else shape[1 if family.frames_first else 2]
     return (frames // sizes[0], shape[-2] // sizes[1], shape[-1] // sizes[2])
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import logging
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -111,7 +110,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--minutes", type=float, default=7.0)
     given = parser.parse_args()
-    logging.getLogger("accel").setLevel(logging.ERROR)
     device = "cpu" if given.smoke else "cuda"
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.gpu.latency {given.path}",
