@@ -14,10 +14,8 @@ PAGE = HERE.parent / "docs" / "calibration.md"
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 MODELS = (
     "emoji-video",
-    "emoji-video-5800",
     "emoji-video-9",
     "emoji-image",
-    "emoji-image-8450",
     "emoji-image-6500",
     "emoji-unet",
 )
