@@ -88,7 +88,7 @@ class _Branches:
         self, denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str
     ) -> None:
         self.denoiser, self.make, self.method = denoiser, policy, method
-        self.run, self.step = -1, -1
+        self.run, self.seen, self.step = -1, -1, -1
         self.policy: GuidancePolicy = policy()
         self.choice = "full"
         self.cond: Tensor | None = None
@@ -104,9 +104,11 @@ class _Branches:
         denoiser, clock = self.denoiser, self.denoiser.clock
         assert clock.step is not None  # asked during a run only
         arguments = Arguments(denoiser.names, args, kwargs)
+        if clock.run != self.seen:  # what restart() lets be: guidance may have ended by then
+            self.seen = clock.run
+            self.doubled, self.rows = is_doubled(denoiser, arguments), self._count(arguments)
         if clock.run != self.run:
             self.run, self.policy, self.step = clock.run, self.make(), -1
-            self.doubled, self.rows = is_doubled(denoiser, arguments), self._count(arguments)
         if clock.step != self.step:
             self._check_last_step()
             self.step, self.calls = clock.step, 0

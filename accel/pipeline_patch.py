@@ -264,9 +264,11 @@ class Patch:
             self._stay_valid(latents=latents)
         total = call_length(self._pipe, self._clock.schedule)
         self._clock.shorten(total, first_place(self._scheduler, total, timestep))
+        said = getattr(self._pipe, "do_classifier_free_guidance", None)
         scale = self._clock.call.get("guidance_scale")
-        guided = False if isinstance(scale, int | float) and scale <= 1 else None
-        self._clock.guided = getattr(self._pipe, "do_classifier_free_guidance", guided)
+        if isinstance(scale, int | float):  # some say nothing (PixArt), or always no (Panorama)
+            said = False if scale <= 1 else said or None
+        self._clock.guided = said
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._running and self._clock.staging is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _RIDGE = 0.05
 """How strongly a fit is drawn to scale 1, in units of the residual's own variance."""
-_KIND = "accel block adjustment"
+_KIND = "accel block adjustment by denoiser"
 
 
 class Adjustment:

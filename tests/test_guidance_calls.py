@@ -180,6 +180,22 @@ def test_guidance_that_ends_in_a_run_of_one_batch(rows) -> None:
         assert handle.report().share_computed < 1
 
 
+def test_what_is_dropped_after_guidance_ended_begins_anew_without_it() -> None:
+    """A LoRA switched in a callback, or the next stage."""
+    tiny, _ = built("sd15")
+    call = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    end = ended(3)
+
+    def end_and_switch(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 5:
+            pipe._accel_patch._denoisers[0].forget()
+        return end(pipe, step, t, tensors)
+
+    with accel.patched(tiny.pipe, accel.CfgCache(interval=1)):
+        expected = run(tiny, **call, callback_on_step_end=end)
+        assert torch.equal(run(tiny, **call, callback_on_step_end=end_and_switch), expected)
+
+
 def test_guidance_that_ends_in_a_run_of_two_calls() -> None:
     tiny, _ = built("wan21")
     untouched = run(tiny, callback_on_step_end=ended(3))
