@@ -38,7 +38,13 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def prompts(name: str, part: Literal["train", "heldout", "final"]) -> Path:
-    """A prompt file: for tuning (train, heldout) or for final figures only (final)."""
+    """A prompt file: for tuning (train, heldout) or for final figures only (final).
+
+    A model has its own or, where they know the same names, one with the others of its kind.
+    """
+    own = path(name) / f"prompts_{part}.txt"
+    if own.exists():
+        return own
     kind = "" if settings(name)["fps"] else "_image"
     return folder() / f"prompts_{part}{kind}.txt"
 

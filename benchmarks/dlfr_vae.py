@@ -51,7 +51,7 @@ Settings = Callable[[Tensor], DLFRVAE]
 def clips(count: int, held: bool, seed: int) -> Tensor:
     """(count, 3, 33, 32, 32) in [−1, 1]; fast spans cross a motion in 32 frames."""
     generator = Generator().manual_seed(seed)
-    combinations, pictures = data.combinations(video=True, held=held), data.sprites()
+    combinations, pictures = data.combinations(True, held, data.FIRST_NAMES), data.sprites()
     made = []
     for _ in range(count):
         drawn = int(torch.randint(len(combinations), (), generator=generator))

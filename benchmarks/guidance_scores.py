@@ -30,7 +30,7 @@ from torch import Generator, Tensor
 
 import accel
 from accel import metrics, model_zoo, registry
-from demos.zoo import evaluate
+from demos.zoo import evaluate, text
 
 BATCH = 8
 
@@ -57,8 +57,9 @@ class Model:
         lines = model_zoo.prompts(name, part).read_text(encoding="utf-8").splitlines()
         self.captions = (lines * (count // len(lines) + 1))[:count]
         form = self.call["height"], self.call.get("num_frames", 1)
-        self.judge = evaluate.CaptionClassifier(*form)
-        self.real = evaluate.reference_features(*form)
+        names = text.known_names(self.pipe)
+        self.judge = evaluate.CaptionClassifier(*form, names)
+        self.real = evaluate.reference_features(*form, names)
 
     def arguments(self, row: str) -> dict[str, Any]:
         """The call of a row: without guidance for "plain"."""

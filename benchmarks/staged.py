@@ -33,7 +33,7 @@ import accel
 from accel import generate, metrics, model_zoo
 from accel.latent_upsampler import LatentUpsampler
 from accel.samplers import ralu
-from demos.zoo import data
+from demos.zoo import data, text
 from demos.zoo import evaluate as judging
 
 RESULT = Path(__file__).parent / "results" / "zoo-staged.json"
@@ -158,9 +158,10 @@ def judged(model: str, captions: list[str], rows: dict[str, dict[str, Any]]) -> 
     """One JSON row for each."""
     call = model_zoo.settings(model)["call"]
     form = call["height"], call.get("num_frames", 1)
-    judge = judging.CaptionClassifier(*form)
-    known = judging.reference_features(*form)
-    labels = torch.tensor([data.NAMES.index(data.parse(caption)[0]) for caption in captions])
+    names = text.known_names(model_zoo.load(model)[0])
+    judge = judging.CaptionClassifier(*form, names)
+    known = judging.reference_features(*form, names)
+    labels = torch.tensor([names.index(data.parse(caption)[0]) for caption in captions])
     untouched = torch.stack(rows["untouched"]["clips"])
     found, first = [], None
     for name, row in rows.items():

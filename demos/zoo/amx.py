@@ -1,4 +1,4 @@
-"""Training in bfloat16 with compiled blocks, on CUDA or a CPU with AMX (lscpu: amx_bf16)."""
+"""Training in bfloat16, on CUDA or a CPU with AMX or AVX512 (lscpu: amx_bf16, avx512_bf16)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch.nn import functional
 def quick(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Compile the blocks; on a CPU, autocast runs attend by `attention` while inside.
 
-    CPUs without AMX emulate bfloat16, hundreds of times slower.
+    Other CPUs emulate bfloat16, hundreds of times slower. Compiling pays on those with AMX: with
+    AVX512 alone it makes a U-Net's step slower (2.3 s where 1.3 s are needed).
     """
     for block in blocks:
         block.compile(dynamic=True)

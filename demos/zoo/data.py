@@ -21,22 +21,11 @@ from torch.nn import functional
 PACKAGE = "emoji-datasource-google@16.0.0"
 CACHE = Path.home() / ".cache" / "accel-zoo"
 
-_EMOJI = """
-apple 1f34e  banana 1f34c  grapes 1f347  watermelon 1f349  lemon 1f34b  cherries 1f352
-strawberry 1f353  pineapple 1f34d  eggplant 1f346  carrot 1f955  corn 1f33d  pizza 1f355
-hamburger 1f354  fries 1f35f  doughnut 1f369  cookie 1f36a  cake 1f370  egg 1f95a
-dog 1f436  cat 1f431  mouse 1f42d  rabbit 1f430  bear 1f43b  tiger 1f42f
-cow 1f42e  pig 1f437  frog 1f438  monkey 1f412  chicken 1f414  penguin 1f427
-fish 1f41f  octopus 1f419  snail 1f40c  bee 1f41d  turtle 1f422  whale 1f433
-car 1f697  bus 1f68c  rocket 1f680  sailboat 26f5  house 1f3e0  tent 26fa
-cactus 1f335  sunflower 1f33b  rose 1f339  mushroom 1f344  star 2b50  moon 1f314
-snowman 2603-fe0f  umbrella 2602-fe0f  key 1f511  bell 1f514  gift 1f381  balloon 1f388
-guitar 1f3b8  soccer 26bd  basketball 1f3c0  crown 1f451  heart 2764-fe0f  bomb 1f4a3
-camera 1f4f7  fire 1f525  ghost 1f47b  alien 1f47d
-"""
-_PAIRS = _EMOJI.split()
-CODEPOINTS: dict[str, str] = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
+_EMOJI = Path(__file__).with_name("emoji.txt").read_text(encoding="utf-8").split()
+CODEPOINTS: dict[str, str] = dict(zip(_EMOJI[::2], _EMOJI[1::2], strict=True))
 NAMES: list[str] = list(CODEPOINTS)
+FIRST_NAMES: list[str] = NAMES[:64]
+"""What emoji-image and emoji-video know, which were trained before there were more."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
@@ -63,9 +52,18 @@ MOTIONS: dict[str, str] = {
 }
 MOTION_NAMES: list[str] = list(MOTIONS)
 
+RELATIONS: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+"""Where the first of two objects lies, seen from the second: across, down."""
+
 _FILLER = ["a", "on", "background"]
+_PHRASES = [*MOTIONS.values(), *RELATIONS]
 VOCABULARY: list[str] = sorted(
-    {*NAMES, *COLOUR_NAMES, *_FILLER, *(word for m in MOTIONS.values() for word in m.split())}
+    {*NAMES, *COLOUR_NAMES, *_FILLER, *(word for phrase in _PHRASES for word in phrase.split())}
 )
 """Every word a caption may hold; the tokenizers know exactly these."""
 
@@ -77,15 +75,31 @@ def caption(name: str, colour: str, motion: str | None = None) -> str:
 
 
 def parse(text: str) -> tuple[str, str, str | None]:
-    """The (name, colour, motion) that a caption was made of."""
+    """The (name, colour, motion) that a caption of one object was made of."""
     words = text.split()
     motion = next((key for key, phrase in MOTIONS.items() if text.endswith(phrase)), None)
     return words[0], words[3], motion
 
 
-def held_out(name: str, colour: str, motion: str | None = None) -> bool:
-    """Whether a whole combination is never shown in training (one in eight)."""
-    digest = hashlib.sha256(f"{name}/{colour}/{motion}".encode()).digest()
+def pair_caption(first: str, relation: str, second: str, colour: str) -> str:
+    """`"apple left of a dog on a blue background"`."""
+    return f"{first} {relation} a {second} on a {colour} background"
+
+
+def parse_pair(text: str) -> tuple[str, str, str, str] | None:
+    """The (first, relation, second, colour) of a caption of two objects, None of one."""
+    objects, _, ground = text.partition(" on a ")
+    first, _, rest = objects.partition(" ")
+    relation, _, second = rest.rpartition(" a ")
+    return (first, relation, second, ground.split()[0]) if relation else None
+
+
+def held_out(*parts: str | None) -> bool:
+    """Whether a whole combination is never shown in training (one in eight).
+
+    parts: name, colour and motion, or first, relation, second and colour.
+    """
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return digest[0] % 8 == 0
 
 
@@ -113,10 +127,18 @@ def sprites(cache: Path = CACHE, codepoints: list[str] | None = None) -> Tensor:
 
 
 def _place(pictures: Tensor, grounds: Tensor, pose: Tensor, size: int) -> Tensor:
-    """Draw pictures on flat grounds.
+    """Draw pictures (n, 4, 64, 64) on flat grounds (n, 3) in [0, 1]; pose as in `_moved`.
 
-    pictures (n, 4, 64, 64); grounds (n, 3) in [0, 1]; pose (n, 4): centre x, centre y in [-1, 1],
-    size as a share of the frame, angle in radians. Returns (n, 3, size, size) in [-1, 1].
+    Returns (n, 3, size, size) in [-1, 1].
+    """
+    drawn = _moved(pictures, pose, size)
+    return (drawn[:, :3] + (1 - drawn[:, 3:]) * grounds[:, :, None, None]) * 2 - 1
+
+
+def _moved(pictures: Tensor, pose: Tensor, size: int) -> Tensor:
+    """Pictures (n, 4, 64, 64) at their place: (n, 4, size, size), premultiplied by alpha.
+
+    pose (n, 4): centre x, centre y in [-1, 1], size as a share of the frame, angle in radians.
     """
     x, y, scale, angle = pose.unbind(1)
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
@@ -126,9 +148,7 @@ def _place(pictures: Tensor, grounds: Tensor, pose: Tensor, size: int) -> Tensor
     fine = 2 * size
     grid = functional.affine_grid(theta, [len(pictures), 4, fine, fine], align_corners=False)
     drawn = functional.grid_sample(pictures, grid, align_corners=False, padding_mode="zeros")
-    drawn = functional.avg_pool2d(drawn, 2)
-    rgb = drawn[:, :3] + (1 - drawn[:, 3:]) * grounds[:, :, None, None]
-    return rgb * 2 - 1
+    return functional.avg_pool2d(drawn, 2)
 
 
 def _grounds(colours: Tensor) -> Tensor:
@@ -158,6 +178,34 @@ def render_images(
         dim=1,
     )
     return _place(pictures[names], _grounds(colours), pose, size)
+
+
+def render_pairs(
+    pictures: Tensor,
+    firsts: Tensor,
+    relations: Tensor,
+    seconds: Tensor,
+    colours: Tensor,
+    size: int,
+    generator: Generator,
+) -> Tensor:
+    """Still pictures of two smaller objects, the first over the second where they touch.
+
+    relations: (n,) indices into `RELATIONS`; everything else as in `render_images`.
+    """
+    count = len(firsts)
+    towards = torch.tensor([*RELATIONS.values()], dtype=torch.float32)[relations]
+    grounds = _grounds(colours)[:, :, None, None]
+    rgb = grounds.expand(-1, -1, size, size)
+    for names, side in ((seconds, -1), (firsts, 1)):
+        apart = _uniform(count, 0.4, 0.5, generator)[:, None]
+        beside = _uniform(count, -0.2, 0.2, generator)[:, None]
+        place = side * apart * towards + beside * (1 - towards.abs())
+        scale = _uniform(count, 0.38, 0.46, generator)[:, None]
+        angle = _uniform(count, -0.15, 0.15, generator)[:, None]
+        drawn = _moved(pictures[names], torch.cat((place, scale, angle), 1), size)
+        rgb = drawn[:, :3] + (1 - drawn[:, 3:]) * rgb
+    return rgb * 2 - 1
 
 
 def even_times(frames: int) -> Tensor:
@@ -218,12 +266,14 @@ def render_videos(
     return drawn.unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def combinations(video: bool, held: bool) -> list[tuple[str, str, str | None]]:
+def combinations(
+    video: bool, held: bool, names: list[str] = NAMES
+) -> list[tuple[str, str, str | None]]:
     """All (name, colour, motion) combinations of the training part or of the held-out part."""
     motions: list[str | None] = [*MOTION_NAMES] if video else [None]
     return [
         (name, colour, motion)
-        for name in NAMES
+        for name in names
         for colour in COLOURS
         for motion in motions
         if held_out(name, colour, motion) == held

@@ -24,7 +24,7 @@ from torch import Tensor
 import accel
 from accel import metrics, model_zoo
 from accel.calibrate_profile import Profile, write_json
-from demos.zoo import evaluate
+from demos.zoo import evaluate, text
 
 SEEDS = 4
 
@@ -91,7 +91,7 @@ def autoencoder(pipe: Any, captions: list[str], size: int, frames: int) -> dict[
     That KID is about what a perfect denoiser would have.
     """
     real = evaluate.real_clips(captions, size, frames, seed=17)
-    known = evaluate.reference_features(size, frames)
+    known = evaluate.reference_features(size, frames, text.known_names(pipe))
     made = reconstructed(pipe, real)
     values = [metrics.psnr(one, two) for one, two in zip(made, real, strict=True)]
     return {

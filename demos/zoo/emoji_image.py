@@ -1,6 +1,6 @@
 """Train `emoji-image`: a Flux pipeline with true CFG, 128×128 pixels, 256 image tokens.
 
-    python -m demos.zoo.images --minutes 8
+    python -m demos.zoo.images --channels 8 --minutes 25
     python -m demos.zoo.emoji_image train --minutes 60
     python -m demos.zoo.emoji_image export
 
@@ -22,9 +22,9 @@ from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
 from demos.zoo import images, text, train
-from demos.zoo.emoji_unet import clip_encoder, clip_table
+from demos.zoo.emoji_unet import clip_encoder, clip_ids
 
-SIZE, TEXT_LENGTH, SHIFT = 128, 16, 2.0
+SIZE, LATENT, TEXT_LENGTH, SHIFT = 128, 8, 16, 2.0
 SMALL_SHARE = 0.5
 SMALL_STEPS = 0.25
 CALL = {
@@ -44,7 +44,7 @@ class Model(nn.Module):
         torch.manual_seed(0)
         self.transformer = FluxTransformer2DModel(
             patch_size=1,
-            in_channels=4 * images.LATENT,
+            in_channels=4 * LATENT,
             num_layers=3,
             num_single_layers=6,
             attention_head_dim=32,
@@ -93,37 +93,40 @@ def training(start: Path | None, minutes: float, device: str, batch_size: int) -
     if start is None:
         stage(model, {64: batch_size}, small, 1.5e-3, device)
     else:
-        train.start_from(model, start, "emoji-image", images.NAME)
+        train.start_from(model, start, "emoji-image", images.name(LATENT))
     sizes = {64: batch_size, SIZE: max(batch_size // 4, 1)}
     stage(model, sizes, minutes - small, 7e-4, device)
 
 
-def latents(size: int, device: str) -> tuple[Tensor, Tensor]:
-    """Latents of real pictures, scaled as those of 64 pixels are, and their labels."""
-    known = images.latents(size, device, images.PICTURES if size < SIZE else images.PICTURES // 4)
-    reference = images.latents(64, device)
+def latents(size: int, device: str) -> tuple[Tensor, list[str]]:
+    """Latents of real pictures, scaled as those of 64 pixels are, and their captions."""
+    known = images.latents(
+        size, LATENT, device, images.PICTURES if size < SIZE else images.PICTURES // 4
+    )
+    reference = images.latents(64, LATENT, device)
     clean = known["latents"] * known["std"] + known["mean"]
-    return (clean - reference["mean"]) / reference["std"], known["labels"]
+    return (clean - reference["mean"]) / reference["std"], known["captions"]
 
 
 def stage(model: nn.Module, sizes: dict[int, int], minutes: float, lr: float, device: str) -> None:
     """Train at picture sizes, each with its batch size; the smaller one in `SMALL_STEPS`."""
     model.to(device)
-    known = {size: (*latents(size, device), positions(size).to(device)) for size in sizes}
-    clip_ids, clip_empty = clip_table()
-    t5_ids, t5_empty = text.token_table(with_motion=False), text.empty(TEXT_LENGTH)
+    known = {}
+    for size in sizes:
+        clean, captions = latents(size, device)
+        ids = torch.stack((clip_ids(captions), text.t5_ids(captions, TEXT_LENGTH)), 1)
+        known[size] = clean, ids, positions(size).to(device)
+    empty = torch.cat((clip_ids([""]), text.t5_ids([""], TEXT_LENGTH)))
     text_ids = torch.zeros(TEXT_LENGTH, 3, device=device)
 
     def loss(generator: Generator) -> Tensor:
         size = max(sizes)
         if torch.rand((), generator=generator) < SMALL_STEPS:
             size = min(sizes)
-        batch_size, (clean_all, labels, image_ids) = sizes[size], known[size]
+        batch_size, (clean_all, ids, image_ids) = sizes[size], known[size]
         rows = torch.randint(len(clean_all), (batch_size,), generator=generator)
-        names, colours = labels[rows].unbind(1)
-        dropped = (torch.rand(batch_size, generator=generator) < 0.1)[:, None]
-        clip = torch.where(dropped, clip_empty, clip_ids[names, colours]).to(device)
-        t5 = torch.where(dropped, t5_empty, t5_ids[names, colours]).to(device)
+        dropped = (torch.rand(batch_size, generator=generator) < 0.1)[:, None, None]
+        clip, t5 = torch.where(dropped, empty, ids[rows]).to(device).unbind(1)
         clean = pack(clean_all[rows]).to(device)
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = train.noise_levels(batch_size, SHIFT, generator).to(device)
@@ -168,10 +171,10 @@ def pipeline(weights: dict[str, Tensor]) -> FluxPipeline:
     """The plain diffusers pipeline around trained weights."""
     model = Model()
     model.load_state_dict(weights)
-    known = images.latents(64, "cpu")
+    known = images.latents(64, LATENT, "cpu")
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=images.load_vae(float(1 / known["std"]), float(known["mean"])),
+        vae=images.load_vae(LATENT, float(1 / known["std"]), float(known["mean"])),
         text_encoder=model.text_encoder.eval(),
         tokenizer=text.clip_tokenizer(TEXT_LENGTH),
         text_encoder_2=model.text_encoder_2.eval(),

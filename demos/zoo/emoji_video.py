@@ -146,7 +146,7 @@ def train_denoiser(
         train.start_from(model, start, "emoji-video", NAME)
     model.to(device)
     known = latents(device)
-    tokens = text.token_table(with_motion=True)
+    tokens = text.token_table()
     chances = torch.tensor([len(each) for each in known["labels"].values()], dtype=torch.float)
     routing = Routing([*model.transformer.blocks[2:12]], Generator().manual_seed(3))
     began = time.monotonic()

@@ -19,7 +19,7 @@ import torch
 from torch import Generator, Tensor
 
 from accel import metrics, model_zoo
-from demos.zoo import data
+from demos.zoo import data, text
 
 VIEWS = 24
 """Real renders of each name that the caption classifier learns from."""
@@ -86,25 +86,30 @@ def _centred(video: Tensor, x: Tensor, y: Tensor, index: int) -> Tensor:
 
 
 class CaptionClassifier:
-    """Names from pictures: a linear layer on efficientnet-lite0 features of real renders."""
+    """Names from pictures: a linear layer on efficientnet-lite0 features of real renders.
 
-    def __init__(self, size: int, frames: int) -> None:
+    names: the classes, those that the judged model knows.
+    """
+
+    def __init__(self, size: int, frames: int, names: list[str]) -> None:
+        self.names = names
         generator = Generator().manual_seed(11)
-        names = torch.arange(len(data.NAMES)).repeat(VIEWS)
-        images = real_pictures(names, size, frames, generator)
+        places = torch.tensor([data.NAMES.index(name) for name in names])
+        classes = torch.arange(len(names)).repeat(VIEWS)
+        images = real_pictures(places[classes], size, frames, generator)
         features = metrics.lite0_features(images)
         self.mean, self.std = features.mean(0), features.std(0) + 1e-6
         normal = (features - self.mean) / self.std
         torch.manual_seed(0)
-        self.layer = torch.nn.Linear(features.shape[1], len(data.NAMES))
+        self.layer = torch.nn.Linear(features.shape[1], len(names))
         optimiser = torch.optim.AdamW(self.layer.parameters(), lr=3e-3, weight_decay=0.1)
         for _ in range(300):
-            loss = torch.nn.functional.cross_entropy(self.layer(normal), names)
+            loss = torch.nn.functional.cross_entropy(self.layer(normal), classes)
             loss.backward()
             optimiser.step()
             optimiser.zero_grad()
-        fresh = torch.arange(len(data.NAMES)).repeat(4)
-        held = metrics.lite0_features(real_pictures(fresh, size, frames, generator))
+        fresh = torch.arange(len(names)).repeat(4)
+        held = metrics.lite0_features(real_pictures(places[fresh], size, frames, generator))
         self.accuracy = float((self.scores(held).argmax(1) == fresh).float().mean())
 
     @torch.no_grad()
@@ -141,9 +146,9 @@ def real_clips(captions: list[str], size: int, frames: int, seed: int = 12) -> T
     return (clips.transpose(1, 2) + 1) / 2
 
 
-def reference_features(size: int, frames: int) -> Tensor:
+def reference_features(size: int, frames: int, names: list[str]) -> Tensor:
     """Features of real clips of other captions than those judged: what KID compares with."""
-    entries = data.combinations(video=frames > 1, held=False)
+    entries = data.combinations(video=frames > 1, held=False, names=names)
     order = torch.randperm(len(entries), generator=Generator().manual_seed(13))[:REFERENCE]
     captions = [data.caption(*entries[int(index)]) for index in order]
     return clip_features(real_clips(captions, size, frames, seed=14))
@@ -223,7 +228,7 @@ def scores(clips: Tensor, captions: list[str], judge: CaptionClassifier, real: T
     features = clip_features(clips)
     per_frame = judge.scores(features).unflatten(0, (len(_frames(clips)), -1))
     guesses = per_frame.mean(0).argmax(1)
-    names = [data.NAMES[int(guess)] for guess in guesses]
+    names = [judge.names[int(guess)] for guess in guesses]
     result = {
         "colour": _share(
             colour_of(c) == colour for c, (_, colour, _) in zip(clips, parsed, strict=True)
@@ -249,13 +254,15 @@ def evaluate(model: str, captions: list[str], steps: list[int], guidance: list[f
     """Scores of a zoo model for several step counts and guidance scales."""
     pipe, call, _ = model_zoo.load(model)
     size, frames = call["height"], call.get("num_frames", 1)
-    judge = CaptionClassifier(size, frames)
+    names = text.known_names(pipe)
+    judge = CaptionClassifier(size, frames, names)
     real = real_clips(captions, size, frames)
-    known = reference_features(size, frames)
+    known = reference_features(size, frames, names)
     result: dict[str, Any] = {
         "model": model,
         "prompts": len(set(captions)),
         "clips": len(captions),
+        "names": len(names),
         "classifier_accuracy_on_real": judge.accuracy,
         "real": scores(real, captions, judge, known)
         | {

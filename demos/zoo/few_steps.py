@@ -18,43 +18,44 @@ GUIDANCE = 4.0
 class Teacher:
     """The frozen model: pictures as latents with their captions, and one guided DDIM step.
 
-    `states` holds the text states of every caption, (names · colours + 1, length, 128); the last
-    row is the empty prompt.
+    `states` holds the text states of the captions learned from, (PICTURES + 1, length, 128); the
+    last row is the empty prompt.
     """
 
     def __init__(self) -> None:
         self.pipe, _, _ = model_zoo.load("emoji-unet")
         self.unet = self.pipe.unet.requires_grad_(False).eval()
         self.kept = self.pipe.scheduler.alphas_cumprod
-        ids, empty = emoji_unet.clip_table()
+        self.latents, captions = self._encoded()
+        ids = self.pipe.tokenizer(
+            [*captions, ""], padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         with torch.no_grad():
-            states = [self.pipe.text_encoder(part)[0] for part in ids.flatten(0, 1).split(64)]
-            self.states = torch.cat([*states, self.pipe.text_encoder(empty[None])[0]])
-        self.latents, self.captions = self._encoded()
+            self.states = torch.cat([self.pipe.text_encoder(part)[0] for part in ids.split(64)])
 
     @torch.no_grad()
-    def _encoded(self) -> tuple[Tensor, Tensor]:
-        """Latents (n, 8, 16, 16) of pictures of training captions, and rows of `states`; cached."""
+    def _encoded(self) -> tuple[Tensor, list[str]]:
+        """Latents (PICTURES, 12, 16, 16) of pictures of training captions; cached."""
         file = train.CHECKPOINTS / "emoji-unet-few-steps-latents.pt"
         if file.exists():
             saved = torch.load(file, weights_only=True)
             return saved["latents"], saved["captions"]
         generator, pictures = Generator().manual_seed(21), data.sprites()
-        latents, captions = [], []
+        latents: list[Tensor] = []
+        captions: list[str] = []
         for _ in range(PICTURES // 64):
-            names, colours = images.batch(64, generator)
-            drawn = data.render_images(pictures, names, colours, emoji_unet.SIZE, generator)
+            drawn, called = images.drawn(pictures, 64, emoji_unet.SIZE, generator)
             latents.append(self.pipe.vae.encode(drawn).latent_dist.mode())
-            captions.append(names * len(data.COLOURS) + colours)
+            captions += called
         found = torch.cat(latents) * self.pipe.vae.config.scaling_factor
         train.CHECKPOINTS.mkdir(parents=True, exist_ok=True)
-        torch.save({"latents": found, "captions": torch.cat(captions)}, file)
-        return found, torch.cat(captions)
+        torch.save({"latents": found, "captions": captions}, file)
+        return found, captions
 
     def batch(self, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Clean latents and their captions as rows of `states`."""
         rows = torch.randint(len(self.latents), (count,), generator=generator)
-        return self.latents[rows], self.captions[rows]
+        return self.latents[rows], rows
 
     def levels(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """α and σ at timesteps (n,), as (n, 1, 1, 1); the timestep -1 has no noise left."""
@@ -104,8 +105,8 @@ def judged(pipes: dict[str, Any], part: str, seeds: int) -> dict[str, dict[str, 
     from demos.zoo import evaluate
 
     lines = model_zoo.prompts("emoji-unet", part).read_text().splitlines() * seeds  # type: ignore[arg-type]
-    judge = evaluate.CaptionClassifier(emoji_unet.SIZE, frames=1)
-    real = evaluate.reference_features(emoji_unet.SIZE, frames=1)
+    judge = evaluate.CaptionClassifier(emoji_unet.SIZE, frames=1, names=data.NAMES)
+    real = evaluate.reference_features(emoji_unet.SIZE, frames=1, names=data.NAMES)
     found = {}
     for label, (pipe, arguments) in pipes.items():
         clips = evaluate.generated_clips(pipe, arguments, lines)

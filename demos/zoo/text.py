@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
@@ -20,22 +23,42 @@ def t5_tokenizer(length: int) -> T5Tokenizer:
 
 
 def clip_tokenizer(length: int) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges build the words of the captions (most are one piece)."""
-    specials = ["<|startoftext|>", "<|endoftext|>"]
+    """A CLIP tokenizer whose merges make every word of the captions one piece.
+
+    Each word is split by the merges found so far, and the pieces left are merged from the left;
+    later merges come last, so they cannot part an earlier word.
+    """
     letters = sorted({letter for word in WORDS for letter in word})
     pieces = [*letters, *(letter + "</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}
     for word in WORDS:
-        parts = [*word[:-1], word[-1] + "</w>"]
+        parts = _merged([*word[:-1], word[-1] + "</w>"], ranks)
         while len(parts) > 1:
-            pair = (parts[0], parts[1])
-            if pair not in merges:
-                merges.append(pair)
-            parts = [parts[0] + parts[1], *parts[2:]]
-            if parts[0] not in pieces:
-                pieces.append(parts[0])
-    vocabulary = {piece: index for index, piece in enumerate([*pieces, *specials])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
+            ranks[parts[0], parts[1]] = len(ranks)
+            pieces.append(parts[0] + parts[1])
+            parts = _merged(parts, ranks)
+    pieces = [*dict.fromkeys(pieces), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(ranks), model_max_length=length)
+
+
+def _merged(parts: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding: the pair of the lowest rank first, wherever it stands."""
+    while known := [pair for pair in itertools.pairwise(parts) if pair in ranks]:
+        first, second = min(known, key=ranks.__getitem__)
+        merged, index = [], 0
+        while index < len(parts):
+            pair = parts[index : index + 2] == [first, second]
+            merged.append(first + second if pair else parts[index])
+            index += 2 if pair else 1
+        parts = merged
+    return parts
+
+
+def known_names(pipe: Any) -> list[str]:
+    """The names that a pipeline was trained on: those that are one piece for its tokenizer."""
+    pieces = pipe.tokenizer.get_vocab()
+    return [name for name in data.NAMES if f"{name}</w>" in pieces or f"▁{name}" in pieces]
 
 
 def encode(text: str, length: int) -> list[int]:
@@ -49,16 +72,24 @@ def empty(length: int) -> Tensor:
     return torch.tensor(encode("", length))
 
 
-def token_table(with_motion: bool, length: int = 16) -> Tensor:
-    """Ids of every caption: (names, colours, motions, length), or without the motions axis."""
-    motions: list[str | None] = [*data.MOTION_NAMES] if with_motion else [None]
-    table = torch.tensor(
+def t5_ids(captions: list[str], length: int) -> Tensor:
+    """Ids of captions, (n, length)."""
+    return torch.tensor([encode(caption, length) for caption in captions])
+
+
+def token_table(length: int = 16) -> Tensor:
+    """Ids of every caption of a clip: (names, colours, motions, length)."""
+    return torch.stack(
         [
-            [[encode(data.caption(n, c, m), length) for m in motions] for c in data.COLOUR_NAMES]
-            for n in data.NAMES
+            torch.stack(
+                [
+                    t5_ids([data.caption(name, colour, m) for m in data.MOTION_NAMES], length)
+                    for colour in data.COLOUR_NAMES
+                ]
+            )
+            for name in data.NAMES
         ]
     )
-    return table if with_motion else table[:, :, 0]
 
 
 def sheet_prompts(video: bool, count: int = 9) -> list[str]:

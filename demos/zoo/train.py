@@ -13,9 +13,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from transformers import CLIPTokenizer
+
+from demos.zoo import text
 
 CHECKPOINTS = Path.home() / ".cache" / "accel-zoo" / "checkpoints"
 
@@ -97,7 +101,8 @@ def noise_levels(count: int, shift: float, generator: Generator) -> Tensor:
 def start_from(model: nn.Module, folder: Path, name: str, autoencoder: str) -> None:
     """Go on with an exported zoo model: its weights, loss curve and autoencoder.
 
-    Weights of another shape stay as they are. The autoencoder goes into the checkpoints under its
+    Embeddings of a smaller vocabulary are taken over piece by piece; other weights of another
+    shape stay as they are. The autoencoder goes into the checkpoints under its
     name unless one of that name was trained.
     """
     from diffusers import DiffusionPipeline
@@ -105,8 +110,12 @@ def start_from(model: nn.Module, folder: Path, name: str, autoencoder: str) -> N
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     for part, mine in model.named_children():
         own, known = mine.state_dict(), getattr(pipe, part).state_dict()
-        fits = {key: each for key, each in known.items() if each.shape == own[key].shape}
-        mine.load_state_dict(own | fits)
+        for key, each in known.items():
+            if each.shape == own[key].shape:
+                own[key] = each
+            elif part.startswith("text_encoder"):
+                own[key] = _by_piece(own[key], each, getattr(pipe, f"tokenizer{part[12:]}"))
+        mine.load_state_dict(own)
     CHECKPOINTS.mkdir(parents=True, exist_ok=True)
     file, curve = CHECKPOINTS / f"{autoencoder}.pt", CHECKPOINTS / f"{name}.csv"
     if not file.exists():
@@ -114,6 +123,16 @@ def start_from(model: nn.Module, folder: Path, name: str, autoencoder: str) -> N
     if not curve.exists():
         shutil.copy(folder / "loss.csv", curve)
         curve.write_text("".join(curve.read_text().splitlines(keepends=True)[1:]))
+
+
+def _by_piece(own: Tensor, known: Tensor, old: Any) -> Tensor:
+    """New token embeddings (n, width) with the rows of the pieces that the old tokenizer has."""
+    tokenizer = text.clip_tokenizer if isinstance(old, CLIPTokenizer) else text.t5_tokenizer
+    before, rows = old.get_vocab(), own.clone()
+    for piece, row in tokenizer(old.model_max_length).get_vocab().items():
+        if piece in before:
+            rows[row] = known[before[piece]]
+    return rows
 
 
 def fit(  # noqa: C901 (one loop, read from top to bottom)

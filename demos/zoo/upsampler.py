@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from accel import model_zoo
 from accel.latent_upsampler import LatentUpsampler, UpsamplerConfig, fingerprint
-from demos.zoo import data, emoji_video_vae, train
+from demos.zoo import data, emoji_video_vae, text, train
 
 MODELS = {"emoji-image": 1024, "emoji-unet": 2048, "emoji-video": 1024}
 """Pairs that each model's upsampler learns from."""
@@ -39,6 +39,7 @@ class Latents:
 
     def __init__(self, model: str) -> None:
         pipe, call, fps = model_zoo.load(model)
+        self.names = text.known_names(pipe)
         self.vae = pipe.vae.requires_grad_(False).eval()
         self.size, self.frames = call["height"], call["num_frames"] if fps else 0
         config = self.vae.config
@@ -53,7 +54,7 @@ class Latents:
 
     def pictures(self, count: int, generator: Generator, held: bool) -> Tensor:
         """(count, 3, [frames,] size, size) in [−1, 1] of training or held-out combinations."""
-        sprites, table = data.sprites(), data.combinations(bool(self.frames), held)
+        sprites, table = data.sprites(), data.combinations(bool(self.frames), held, self.names)
         rows = torch.randint(len(table), (count,), generator=generator).tolist()
         names = torch.tensor([data.NAMES.index(table[row][0]) for row in rows])
         colours = torch.tensor([data.COLOUR_NAMES.index(table[row][1]) for row in rows])

@@ -1,9 +1,11 @@
 """Captions, motions and prompt files of the zoo; the pictures are replaced by drawn shapes."""
 
+from unittest import mock
+
 import pytest
 import torch
 
-from demos.zoo import data, evaluate, prompts, text
+from demos.zoo import data, evaluate, evaluate_pairs, images, prompts, text
 
 
 def shapes(count: int) -> torch.Tensor:
@@ -21,6 +23,53 @@ def test_captions_parse_back_and_hold_known_words_only() -> None:
         assert set(caption.split()) <= set(data.VOCABULARY)
 
 
+def test_captions_of_two_objects_parse_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for row in images.pairs(200, generator):
+        words = images.pair_words(row)
+        assert data.parse_pair(data.pair_caption(*words)) == words
+        assert words[0] != words[2] and not data.held_out(*words)
+    assert data.parse_pair(data.caption("apple", "blue")) is None
+    for caption in prompts.pair_lines():
+        assert set(caption.split()) <= set(data.VOCABULARY)
+        assert data.held_out(*(data.parse_pair(caption) or ()))
+
+
+@pytest.mark.parametrize("relation", data.RELATIONS)
+def test_two_objects_lie_as_the_caption_says(relation) -> None:
+    """Seen by the parts that the judge looks at: the first is white, the second black."""
+    pictures = shapes(2)
+    pictures[1, :3] = 0
+    index = torch.tensor([list(data.RELATIONS).index(relation)] * 8)
+    gray = torch.tensor([data.COLOUR_NAMES.index("gray")] * 8)
+    generator = torch.Generator().manual_seed(0)
+    firsts, seconds = torch.zeros(8, dtype=torch.long), torch.ones(8, dtype=torch.long)
+    drawn = data.render_pairs(pictures, firsts, index, seconds, gray, 64, generator)
+    for picture in (drawn + 1) / 2:
+        assert evaluate.colour_of(picture[None]) == "gray"
+        first, second = evaluate_pairs.parts(picture, relation)
+        assert (first > 0.9).float().mean() > 4 * (first < 0.1).float().mean()
+        assert (second < 0.1).float().mean() > 4 * (second > 0.9).float().mean()
+
+
+def test_pair_scores_tell_places_apart() -> None:
+    """A judge that names white parts apple and black ones banana."""
+
+    class Judge:
+        names = ("apple", "banana")
+
+        def scores(self, features: torch.Tensor) -> torch.Tensor:
+            return torch.stack((features.mean(1), -features.mean(1)), 1)
+
+    halves = torch.cat((torch.ones(3, 64, 32), -torch.ones(3, 64, 32)), 2)[None]
+    captions = ["apple left of a banana on a gray background"]
+    with mock.patch.object(evaluate_pairs.metrics, "lite0_features", lambda x: x.flatten(1)):
+        right = evaluate_pairs.pair_scores(halves, captions, Judge())
+        wrong = evaluate_pairs.pair_scores(halves.flip(3), captions, Judge())
+    assert (right["first"], right["second"], right["both"], right["swapped"]) == (1, 1, 1, 0)
+    assert (wrong["first"], wrong["second"], wrong["both"], wrong["swapped"]) == (0, 0, 0, 1)
+
+
 def test_held_out_combinations_are_disjoint_and_about_an_eighth() -> None:
     for video in (True, False):
         seen = set(data.combinations(video, held=False))
@@ -29,15 +78,17 @@ def test_held_out_combinations_are_disjoint_and_about_an_eighth() -> None:
         assert 0.08 < len(unseen) / len(seen | unseen) < 0.17
 
 
-@pytest.mark.parametrize("video", [True, False])
-def test_committed_prompt_files_are_those_of_the_script(video) -> None:
+def test_committed_prompt_files_are_those_of_the_script() -> None:
     from accel import model_zoo
 
-    suffix = "" if video else "_image"
-    written = prompts.lines(video)
-    for part, lines in written.items():
-        file = model_zoo.folder() / f"prompts_{part}{suffix}.txt"
-        assert file.read_text().splitlines() == lines
+    for name, lines in prompts.files().items():
+        assert (model_zoo.folder() / name).read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("names", [data.FIRST_NAMES, data.NAMES], ids=["first", "all"])
+@pytest.mark.parametrize("video", [True, False])
+def test_prompt_files_are_disjoint(video, names) -> None:
+    written = prompts.lines(video, names)
     assert not set(written["train"]) & {*written["heldout"], *written["final"]}
     assert not set(written["heldout"]) & set(written["final"])
     assert len(written["heldout"]) + len(written["final"]) >= 64
@@ -51,7 +102,7 @@ def test_tokenizers_give_the_tables_that_training_uses() -> None:
     clip = text.clip_tokenizer(16)
     for name, colour, _ in data.combinations(video=False, held=True):
         ids = clip(data.caption(name, colour)).input_ids
-        assert len(ids) <= 16
+        assert len(ids) == 2 + len(data.caption(name, colour).split())
         assert clip.decode(ids, skip_special_tokens=True).strip() == data.caption(name, colour)
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny_pipelines import TINY
 
-from demos.zoo import train
+from accel import model_zoo
+from demos.zoo import text, train
 
 
 def task(model: torch.nn.Module):
@@ -81,3 +82,19 @@ def test_an_exported_model_goes_on(tmp_path, monkeypatch) -> None:
     kept = torch.load(train.CHECKPOINTS / "toy-vae.pt", weights_only=True)["averaged"]
     assert kept.keys() == shipped.vae.state_dict().keys()
     assert train._steps(train.CHECKPOINTS / "toy.csv") == 100
+
+
+def test_embeddings_of_a_smaller_vocabulary_are_taken_over_by_piece() -> None:
+    known = model_zoo.load("emoji-image")[0]
+    for old, own in (
+        (known.tokenizer, text.clip_tokenizer(16)),
+        (known.tokenizer_2, text.t5_tokenizer(16)),
+    ):
+        before, after = old.get_vocab(), own.get_vocab()
+        rows = torch.arange(len(old) * 2.0).view(-1, 2)
+        new = train._by_piece(torch.full((len(own), 2), -1.0), rows, old)
+        for piece in ("apple", "blue", "background"):
+            (mark,) = {f"{piece}</w>", f"▁{piece}"} & set(after)
+            assert torch.equal(new[after[mark]], rows[before[mark]])
+        (unknown,) = {"coconut</w>", "▁coconut"} & set(after)
+        assert (new[after[unknown]] == -1).all()
