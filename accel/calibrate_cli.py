@@ -12,7 +12,7 @@ import typer
 from accel.method import AccelError
 
 if TYPE_CHECKING:
-    from accel.calibrate_search import Calibration
+    from accel.calibrate_result import Calibration
 
 UNREACHED = 4
 """Exit code when nothing reaches the target."""
@@ -42,7 +42,7 @@ def calibrate(
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
     """Search methods for a wanted speed or quality, and write a recipe with its evidence."""
-    from accel.calibrate_search import UnreachableError
+    from accel.calibrate_result import UnreachableError
     from accel.calibrate_search import calibrate as search
 
     if output.is_dir():

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import itertools
 import logging
-import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accel
 from accel.calibrate_expect import Expected
-from accel.calibrate_fit import Candidate, candidates, predicted, refine, replays, split
+from accel.calibrate_fit import Candidate, candidates, predicted, refine
 from accel.calibrate_profile import Profile
 from accel.calibrate_replay import EARLY
+from accel.calibrate_result import Calibration, written
 from accel.calibrate_target import Target
-from accel.calibrate_trials import Deadline, Trial, Trials, label, median
+from accel.calibrate_trials import Deadline, Trial, Trials
 from accel.method import AccelError
-from accel.recipe import Choice, Recipe, Validity
 
 logger = logging.getLogger(__name__)
 
@@ -34,32 +28,6 @@ SINGLE = 3.0
 DOUBT = (0, 1, 0, 2)
 """Guided runs in turn take what would be best with the likeliest weight of early errors, …"""
 VALIDATION = 4
-
-
-class UnreachableError(AccelError):
-    """No candidate reached the target; `calibration` holds the best that was reached."""
-
-    def __init__(self, message: str, calibration: Calibration) -> None:
-        super().__init__(message)
-        self.calibration = calibration
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The chosen recipe (its `front` holds the other points) and the runs it cost."""
-
-    recipe: Recipe
-    generations: float
-    """What the runs cost, in untouched ones."""
-
-    @property
-    def front(self) -> tuple[Choice, ...]:
-        """The Pareto front that was measured on the validation prompts, fastest first."""
-        return self.recipe.front
-
-    def save(self, path: str | Path) -> None:
-        """Write the recipe with its front and evidence."""
-        self.recipe.save(path)
 
 
 def calibrate(
@@ -135,7 +103,9 @@ class _Search:
             return self._result(self._tried())
         self.enough = max(FIRST, known + GUIDED)
         self._guided_runs()
-        return self._checked(self._result(self._finals()))
+        calibration = self._result(self._finals())
+        calibration.check(self.target)
+        return calibration
 
     def _run(self, candidate: Candidate, prompts: Sequence[int]) -> None:
         for prompt in prompts:
@@ -239,8 +209,6 @@ class _Search:
                 front.append(each)
         return front
 
-    # --- what is expected ----------------------------------------------------------------------
-
     def _tried(self) -> list[Candidate]:
         keys: dict[str, Candidate] = {}
         for each in self.all:
@@ -269,89 +237,10 @@ class _Search:
 
         return max(several, key=rank)
 
-    # --- the result ----------------------------------------------------------------------------
-
     def _result(self, chosen: Sequence[Candidate]) -> Calibration:
-        rows = {each.key: self._evidence(each) for each in chosen}
         validated = all(self._is_validated(each) for each in chosen)
         every = list(range(len(self.trials.prompts)))
         groups = [self.validation, every] if validated else [every]
         (best,) = self._best(chosen, groups, 1, self.target)
-        front = [
-            Choice(
-                entries=Recipe.of(each.methods).entries,
-                speedup=rows[each.key]["speedup"],
-                psnr=rows[each.key]["psnr"],
-                share_computed=rows[each.key]["share_computed"],
-            )
-            for each in chosen
-        ]
-        kept = [one for one in front if not any(_beats(other, one) for other in front)]
-        first = self.profile.prompts[0]
-        validity = Validity(
-            scheduler=first.scheduler,
-            steps=(first.steps, first.steps),
-            latents=(first.latents,) * 2,
-            change=self._change(chosen),
-        )
-        recipe = Recipe(
-            model=first.denoiser,
-            source="accel.calibrate",
-            valid_for=validity,
-            entries=Recipe.of(best.methods).entries,
-            front=tuple(sorted(kept, key=lambda each: -each.speedup)),
-            measured=(rows[best.key], *(row for key, row in rows.items() if key != best.key)),
-        )
+        recipe = written(self.profile, self.trials, self.validation, chosen, best)
         return Calibration(recipe, self.trials.generations)
-
-    def _change(self, chosen: Sequence[Candidate]) -> float | None:
-        """How far good stand-ins go, with a margin."""
-        every = itertools.product(replays(self.profile), chosen)
-        largest = max(replay.largest_change(*split(each.methods)[0]) for replay, each in every)
-        return round(_MARGIN * largest, 3) or None
-
-    def _evidence(self, candidate: Candidate) -> dict[str, Any]:
-        """What was measured on the validation prompts, or on all when there are none."""
-        every = self.trials.of(candidate)
-        rows = [each for each in every if each.prompt in self.validation] or every
-        speeds = [each.speedup for each in rows]
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
-        return {
-            "methods": label(candidate),
-            "fingerprint": self.profile.fingerprint,
-            "speedup": median(rows, "speedup"),
-            "speedup_spread": [min(speeds), max(speeds)],
-            "psnr": median(rows, "psnr"),
-            "psnr_each": [round(each.psnr, 2) for each in rows],
-            "share_computed": median(rows, "share"),
-            "prompts": len(rows),
-            "validated": any(each.prompt in self.validation for each in rows),
-            "predicted_error": candidate.prediction.error,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {self.trials.pipe.device}",
-            "versions": {"accel": accel.__version__, **versions},
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        }
-
-    def _checked(self, calibration: Calibration) -> Calibration:
-        """Raise when even the best point misses what is wanted (speed may be 5 % short)."""
-        front, target = calibration.front, self.target
-        if target.speedup is not None:
-            fastest = max(choice.speedup for choice in front)
-            if fastest < 0.95 * target.speedup:
-                at = f"speedup={target.speedup:g} was not reached; the fastest is {fastest:.2f}"
-                raise UnreachableError(at, calibration)
-        elif target.psnr is not None:
-            best = max(choice.psnr for choice in front)
-            if best < target.psnr:
-                at = f"psnr={target.psnr:g} was not reached; the closest is {best:.1f} dB"
-                raise UnreachableError(at, calibration)
-        return calibration
-
-
-_MARGIN = 1.5
-"""Of the guard's limit over what was seen."""
-
-
-def _beats(one: Choice, other: Choice) -> bool:
-    better = one.speedup >= other.speedup and one.psnr >= other.psnr
-    return better and (one.speedup, one.psnr) != (other.speedup, other.psnr)

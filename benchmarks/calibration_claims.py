@@ -25,7 +25,7 @@ import torch
 import accel
 from accel import generate, model_zoo
 from accel.calibrate_profile import write_json
-from accel.calibrate_search import UnreachableError
+from accel.calibrate_result import UnreachableError
 from accel.calibrate_trials import psnr
 from accel.recipe import Recipe
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import accel
 from accel import model_zoo
-from accel.calibrate_search import UnreachableError
+from accel.calibrate_result import UnreachableError
 
 output = Path(sys.argv[1] if len(sys.argv) > 1 else "out")
 output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import accel
 from accel import calibrate_fit, cli
-from accel.calibrate_search import UnreachableError
+from accel.calibrate_result import UnreachableError
 from accel.calibrate_target import Target
 from accel.recipe import Recipe
 
