@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from demos.zoo import data
+
 ABOUT = {
     "emoji-video": (
         "WanPipeline",
@@ -42,7 +44,7 @@ def card(name: str, result: dict[str, Any], minutes: float, steps: int, file: Pa
     pipeline, about, module, where = ABOUT[name]
     motion = ["motion"] if "motion" in result["real"] else []
     columns = ["colour", *motion, "caption_top1", "kid"]
-    best = result["runs"][0]
+    best, names = result["runs"][0], result.get("names", len(data.FIRST_NAMES))
     rows = [["real renders", *(_cell(result["real"], column) for column in columns)]]
     for run in result["runs"]:
         label = f"{run['steps']} steps, guidance {run['guidance']:g}"
@@ -61,7 +63,7 @@ A small model that was really trained, for testing and measuring acceleration. L
 `{pipeline}.from_pretrained` of plain diffusers; the arguments it was made for are in `call.json`.
 
 **Data.** Noto Emoji pictures (Copyright Google Inc., Apache License 2.0; npm package
-emoji-datasource-google 16.0.0), 64 names on 8 background colours{", 9 motions" if motion else ""}.
+emoji-datasource-google 16.0.0), {names} names on 8 background colours{", 9 motions" if motion else ""}.
 One combination in eight is never shown in training.
 
 **Recipe.** `python -m {module}`, {where}: {steps} steps, {minutes:.0f} minutes for the
@@ -69,14 +71,14 @@ denoiser and its text encoder (loss curve in `loss.csv`); 10 % caption drop-out,
 
 **Figures** on {result["clips"]} results for {result["prompts"]} captions never seen in training
 (`{file}`). Colour and motion are
-judged by formula, the caption among 64 names by a linear classifier on efficientnet-lite0 features
+judged by formula, the caption among {names} names by a linear classifier on efficientnet-lite0 features
 ({result["classifier_accuracy_on_real"]:.0%} right on real pictures), KID on those features against
 real ones of other captions.
 
 {table(["", *columns], rows)}
 
 **Weaknesses.** Knows nothing but these captions. Of the results with {best["steps"]} steps,
-{1 - best["caption_top1"]:.0%} were not recognised as the object asked for (chance: 98 %), and
+{1 - best["caption_top1"]:.0%} were not recognised as the object asked for (chance: {1 - 1 / names:.1%}), and
 {1 - best["colour"]:.0%} had another ground.
 """
 

@@ -13,6 +13,7 @@ an exported emoji-image in that last way.
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 from transformers import T5Config, T5EncoderModel
 
-from demos.zoo import images, text, train
+from demos.zoo import amx, images, text, train
 from demos.zoo.emoji_unet import clip_encoder, clip_ids
 
 SIZE, LATENT, TEXT_LENGTH, SHIFT = 128, 8, 16, 2.0
@@ -86,16 +87,16 @@ def positions(size: int) -> Tensor:
     return ids.view(-1, 3)
 
 
-def training(start: Path | None, minutes: float, device: str, batch_size: int) -> None:
-    """Flow matching on small pictures, then on large ones."""
+def training(start: Path | None, minutes: float, device: str, batch_size: int, bf16: bool) -> None:
+    """Flow matching on small pictures, then on large ones; `bf16`: see `amx.quick`."""
     model = Model()
     small = minutes * SMALL_SHARE if start is None else 0.0
     if start is None:
-        stage(model, {64: batch_size}, small, 1.5e-3, device)
+        stage(model, {64: batch_size}, small, 1.5e-3, device, bf16)
     else:
         train.start_from(model, start, "emoji-image", images.name(LATENT))
     sizes = {64: batch_size, SIZE: max(batch_size // 4, 1)}
-    stage(model, sizes, minutes - small, 7e-4, device)
+    stage(model, sizes, minutes - small, 7e-4, device, bf16)
 
 
 def latents(size: int, device: str) -> tuple[Tensor, list[str]]:
@@ -108,7 +109,9 @@ def latents(size: int, device: str) -> tuple[Tensor, list[str]]:
     return (clean - reference["mean"]) / reference["std"], known["captions"]
 
 
-def stage(model: nn.Module, sizes: dict[int, int], minutes: float, lr: float, device: str) -> None:
+def stage(
+    model: nn.Module, sizes: dict[int, int], minutes: float, lr: float, device: str, bf16: bool
+) -> None:
     """Train at picture sizes, each with its batch size; the smaller one in `SMALL_STEPS`."""
     model.to(device)
     known = {}
@@ -131,7 +134,7 @@ def stage(model: nn.Module, sizes: dict[int, int], minutes: float, lr: float, de
         noise = torch.randn(clean.shape, generator=generator).to(device)
         sigma = train.noise_levels(batch_size, SHIFT, generator).to(device)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
             predicted = model.transformer(
                 hidden_states=noisy,
                 timestep=sigma,
@@ -150,21 +153,22 @@ def stage(model: nn.Module, sizes: dict[int, int], minutes: float, lr: float, de
         sheet = text.sheet_prompts(False, 9)
         contact_sheet(pipeline(trained.state_dict()), sheet, CALL | {"negative_prompt": ""}, file)
 
-    train.fit(
-        "emoji-image",
-        model,
-        loss,
-        minutes=minutes,
-        lr=lr,
-        muon=(
-            "transformer.transformer_blocks",
-            "transformer.single_transformer_blocks",
-            "text_encoder_2.encoder.block",
-        ),
-        ema=0.998,
-        progress=progress if SIZE in sizes else None,
-        progress_minutes=6,
-    )
+    with amx.quick([]) if bf16 else nullcontext():
+        train.fit(
+            "emoji-image",
+            model,
+            loss,
+            minutes=minutes,
+            lr=lr,
+            muon=(
+                "transformer.transformer_blocks",
+                "transformer.single_transformer_blocks",
+                "text_encoder_2.encoder.block",
+            ),
+            ema=0.998,
+            progress=progress if SIZE in sizes else None,
+            progress_minutes=6,
+        )
 
 
 def pipeline(weights: dict[str, Tensor]) -> FluxPipeline:
@@ -190,10 +194,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--start", type=Path, help="an exported emoji-image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", default=torch.cuda.is_available())
     parser.add_argument("--output", type=Path, default=Path("zoo/emoji-image"))
     options = parser.parse_args()
     if options.part == "train":
-        training(options.start, options.minutes, options.device, options.batch_size)
+        training(options.start, options.minutes, options.device, options.batch_size, options.bf16)
     else:
         from demos.zoo.export import export
 
