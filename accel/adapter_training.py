@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,7 @@ class Training:
         check(is_count(self.trajectories, least), self, "trajectories", "at least two batches")
         low, high = self.scales
         check(1 <= low < high, self, "scales", "two numbers, 1 ≤ lowest < highest")
+        check(is_number(self.lr) and 0 < self.lr < math.inf, self, "lr", "a number > 0")
 
 
 class Trainer:
@@ -81,12 +82,15 @@ class Trainer:
         self.generator = Generator().manual_seed(plan.seed)
         low, high = plan.scales
         self.own_scale = min(max(self.model.own_scale, low), high)
+        self.about = {"model": model, "prompts": batch_items.digest_of(prompts), **asdict(plan)}
+        self.about["scales"] = [*plan.scales]
+        del self.about["minutes"], self.about["device"]
 
     def pool(self, say: Callable[[str], None]) -> Pool:
         """The states of all guided runs; kept on disk for the next time."""
         file = self.work / "pool.pt"
         if file.exists():
-            return Pool(**torch.load(file, weights_only=True))
+            return Pool(**self._kept(file, ("variant", "width", "lr", "keep_length")))
         calls, parts = self.plan.trajectories // self.plan.batch, []
         start = self.plan.start
         known = None if start is None else adapter_files.load(Path(start)).to(self.device)
@@ -101,8 +105,29 @@ class Trainer:
             fixed=parts[0].fixed,
         )
         self.work.mkdir(parents=True, exist_ok=True)
-        _save_whole(vars(pool), file)
+        self._keep(vars(pool), file)
         return pool
+
+    def _kept(self, file: Path, free: Sequence[str] = ()) -> dict[str, Any]:
+        """What an earlier run of this training left; raises `AccelError` where it was another.
+
+        `free`: settings that may differ.
+        """
+        content: dict[str, Any] = torch.load(file, weights_only=True)
+        before = content.pop("about", {})
+        for name, now in self.about.items():
+            if name not in free and before.get(name) != now:
+                raise AccelError(
+                    f"{file} is of a training with another {name} ({before.get(name)!r}, here "
+                    f"{now!r}); give another --output or --work"
+                )
+        return content
+
+    def _keep(self, content: dict[str, Any], file: Path) -> None:
+        """Write a file that is whole or not there: a run may be stopped at any time."""
+        part = file.with_suffix(".part")
+        torch.save(content | {"about": self.about}, part)
+        part.replace(file)
 
     def _states(self, index: int, calls: int, leader: Adapters | LowRank | None) -> Pool:
         """The states of one call of the pipeline, at its own scale or one far from the last."""
@@ -176,7 +201,7 @@ class Trainer:
         state = {"step": 0.0, "seconds": 0.0}
         file = self.work / f"{self.plan.variant}.pt"
         if file.exists():
-            saved = torch.load(file, weights_only=True)
+            saved = self._kept(file)
             adapters.load_state_dict(saved["adapters"])
             optimiser.load_state_dict(saved["optimiser"])
             self.generator.set_state(saved["generator"])
@@ -261,7 +286,7 @@ class Trainer:
             "generator": self.generator.get_state(),
             "state": state,
         }
-        _save_whole(content, file)
+        self._keep(content, file)
 
 
 def mismatch(made: Tensor, wanted: Tensor) -> Tensor:
@@ -275,13 +300,6 @@ def mismatch(made: Tensor, wanted: Tensor) -> Tensor:
     length = (square + 0.1 * full + 1e-12).sqrt()  # no pole at a = 0, where training begins
     angle = full - full.sqrt() * (made * wanted).mean(1) / length
     return (((square + 1e-12).sqrt() - full.sqrt()).square() + 2 * angle) / 3
-
-
-def _save_whole(content: Any, file: Path) -> None:
-    """Write a file that is whole or not there: a run may be stopped at any time."""
-    part = file.with_suffix(".part")
-    torch.save(content, part)
-    part.replace(file)
 
 
 def _optimiser(adapters: Adapters | LowRank) -> torch.optim.Optimizer:

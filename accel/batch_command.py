@@ -65,7 +65,6 @@ def _plan(options: dict[str, Any], items: list[Item]) -> Any:
     from accel import batch, generate, media
     from accel.batch_plan import Plan
     from accel.loading import Loading
-    from accel.recipe import Recipe
 
     if options["video_format"] not in media.VIDEO_FORMATS:
         accepted = ", ".join(media.VIDEO_FORMATS)
@@ -79,11 +78,11 @@ def _plan(options: dict[str, Any], items: list[Item]) -> Any:
         compile=options["compile_blocks"],
     )
     job = {name: options[name] for name in _JOB} | {"extra": options["pipeline_kwargs"]}
-    asked = generate.methods(options["method"] or [], options["settings"], options["recipe"])
+    asked = generate.asked(options["method"] or [], options["settings"], options["recipe"])
     return Plan(
         job=generate.Job(prompt="", loading=loading, **job),
         output=str(Path(options["output"]).absolute()),
-        recipe=Recipe.of(asked).model_dump(mode="json") if asked else {},
+        recipe=asked.model_dump(mode="json") if asked else {},
         first=first,
         batches=batch.shard(batch.batches(items, options["batch_size"]), options["shard"]),
         overwrite=not options["resume"],

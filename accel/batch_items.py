@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import shlex
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -129,10 +130,19 @@ def named(items: list[Item], template: str = NAME_TEMPLATE, vbench: bool = False
     return result
 
 
+def digest_of(prompts: Sequence[str]) -> str:
+    """A mark of a list of prompts."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+
+
 def slug(text: str, longest: int = 60) -> str:
-    """Lower-case ASCII words joined by "-"."""
+    """Lower-case ASCII words joined by "-", and a mark of the text where other letters were left
+    out, so that two prompts of the same ASCII words do not share a name."""
     words = "".join(c if c.isascii() and c.isalnum() else " " for c in text.lower()).split()
-    return "-".join(words)[:longest].rstrip("-") or "untitled"
+    name = "-".join(words)[:longest].rstrip("-")
+    if text.strip() and (not words or any(c.isalnum() and not c.isascii() for c in text)):
+        name += f"-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return name.lstrip("-") or "untitled"
 
 
 def _free_name(item: Item, template: str, vbench: bool, taken: dict[str, int]) -> str:

@@ -52,6 +52,7 @@ class Made:
     together: tuple[Item, ...]
     recipe: Recipe | None
     share_computed: float
+    used: tuple[str, ...]
     check: str | None = None
 
 
@@ -74,23 +75,22 @@ class Worker:
         self._rungs = list(LADDER)
         self._damaged: set[str] = set()
         """Names of files that are ours by the manifest but not as they were written."""
-        self.methods, self.recipe = self._settled()
+        self.recipe = self._settled()
         self.recipe_json = self.recipe.model_dump(mode="json")
 
-    def _settled(self) -> tuple[tuple[Any, ...], Recipe]:
-        """The methods with their tables, measured once for the folder, by whoever is first."""
-        chosen = Recipe.read(self.plan.recipe).methods if self.plan.recipe else ()
+    def _settled(self) -> Recipe:
+        """The recipe with its tables, measured once for the folder, by whoever is first."""
+        chosen = Recipe.read(self.plan.recipe) if self.plan.recipe else None
         key = digest(self.plan.recipe, self.revision, self.call | {"prompt": ""})
         file = self.folder / PRIVATE / f"recipe-{key}.json"
         while True:
             with claim(self.folder, f"recipe-{key}") as mine:
                 if file.is_file():
-                    recipe = Recipe.load(file)
-                    return recipe.methods, recipe
+                    return Recipe.load(file)
                 if mine:
-                    methods, recipe = generate.settle(self.pipe, chosen, self._measure)
+                    recipe = generate.settle(self.pipe, chosen, self._measure)
                     recipe.save(file)
-                    return methods, recipe
+                    return recipe
             time.sleep(0.2)
 
     def _measure(self) -> None:
@@ -240,7 +240,7 @@ class Worker:
 
     def _checked(self, items: tuple[Item, ...]) -> dict[int, Made]:
         """Results by index; those that are not finite or all black are made again untouched."""
-        made = self._run(items, self.methods)
+        made = self._run(items, self.recipe)
         faults = {index: fault(each.array) for index, each in made.items()}
         if not any(faults.values()):
             return made
@@ -256,17 +256,17 @@ class Worker:
             made[index] = dataclasses.replace(plain[index], check=note)
         return made
 
-    def _run(self, items: tuple[Item, ...], methods: tuple[Any, ...] | None) -> dict[int, Made]:
+    def _run(self, items: tuple[Item, ...], recipe: Recipe | None) -> dict[int, Made]:
         call, seeds = self._call(items), [item.seed for item in items]
         with contextlib.ExitStack() as stack:
             patch = None
-            if methods is not None:
-                patch = stack.enter_context(accel.patched(self.pipe, *methods))
+            if recipe is not None:
+                patch = stack.enter_context(accel.patched(self.pipe, recipe=recipe))
             arrays, seconds = generate.render(self.pipe, call, seeds)
-            share = patch.report().share_computed if patch else 1.0
-        recipe, each = self.recipe if patch else None, seconds / len(items)
+            report = patch.report() if patch else None
+        share, used = (report.share_computed, report.methods) if report else (1.0, ())
         return {
-            item.index: Made(array, each, items, recipe, share)
+            item.index: Made(array, seconds / len(items), items, recipe, share, used)
             for item, array in zip(items, arrays, strict=True)
         }
 
@@ -296,7 +296,7 @@ class Worker:
     def _metadata(self, item: Item, made: Made) -> dict[str, Any]:
         call = self._call((item,))
         job = dataclasses.replace(self.plan.job, prompt=item.prompt, seed=item.seed)
-        about = generate.metadata(job, call, made.recipe, self.fps)
+        about = generate.metadata(job, call, made.recipe, self.fps, made.used)
         about |= {"id": self.job_id(item), "model_revision": self.revision}
         if len(made.together) > 1:
             about["batch"] = [

@@ -160,8 +160,10 @@ class Bench:
 
     def _ours(self, settings: tuple[Any, ...]) -> Candidate:
         call = self.call | {"prompt": self.measuring_prompt}
-        settled, _ = generate.settle(self.pipe, settings, lambda: generate.make(self.pipe, call, 0))
-        return self._row(" + ".join(map(_label, settings)), settled)
+        recipe = generate.settle(
+            self.pipe, Recipe.of(settings), lambda: generate.make(self.pipe, call, 0)
+        )
+        return self._row(" + ".join(map(_label, settings)), recipe.methods)
 
     def _row(self, label: str, methods: Sequence[Any]) -> Candidate:
         return Candidate(

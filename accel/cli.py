@@ -115,7 +115,7 @@ def generate(
         ),
         extra=_object(pipeline_kwargs, "--pipeline-kwargs"),
     )
-    chosen = maker.methods(method or [], _pairs(settings or []), recipe)
+    chosen = maker.asked(method or [], _pairs(settings or []), recipe)
     result = maker.generate(job, chosen, output, compare)
     _print(result, output_format)
 

@@ -18,7 +18,7 @@ import accel
 from accel import generate, loading
 from accel.generate import Job
 from accel.loading import Loading
-from accel.method import AccelError, Method
+from accel.method import AccelError
 from accel.recipe import Recipe
 from accel.report import Report
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wish:
-    """What a visitor asks for. `methods` None stands for the best known recipe, () for none."""
+    """What a visitor asks for. `recipe` None stands for the best known one."""
 
     job: Job
-    methods: tuple[Method, ...] | None = None
+    recipe: Recipe | None = None
     compare: bool = True
 
 
@@ -132,7 +132,7 @@ class Engine:
     def __init__(self, options: Loading | None = None) -> None:
         self._options = options or Loading()
         self._lock = threading.Lock()
-        self._name = ""
+        self._name, self._warm = "", False
         self._loaded: tuple[Any, dict[str, Any], int | None] | None = None
 
     def start(self, wish: Wish) -> Run:
@@ -141,7 +141,7 @@ class Engine:
 
     def _pipeline(self, model: str) -> tuple[Any, dict[str, Any], int | None]:
         if self._loaded is None or self._name != model:
-            self._loaded = None
+            self._loaded, self._warm = None, False
             self._loaded = loading.load(model, self._options)
             self._name = model
         return self._loaded
@@ -149,13 +149,13 @@ class Engine:
     def _make(self, run: Run, wish: Wish) -> Outcome:
         with self._lock:
             run.tell(Progress("loading the model"))
-            fresh = self._name != wish.job.model
             pipe, defaults, fps = self._pipeline(wish.job.model)
             call = generate.arguments(pipe, defaults, wish.job)
             try:
-                if fresh:  # the first run pays for much that later ones do not
+                if not self._warm:  # the first run pays for much that later ones do not
                     run.tell(Progress("warming up"))
                     generate.make(pipe, call | {"num_inference_steps": 2}, wish.job.seed)
+                    self._warm = True
                 return _sample(run, wish, pipe, call, wish.job.fps or fps or 16)
             finally:
                 accel.unpatch(pipe)
@@ -172,14 +172,11 @@ def _sample(run: Run, wish: Wish, pipe: Any, call: dict[str, Any], fps: int) -> 
         stepped(0)
         return generate.make(pipe, call | _watching(pipe, stepped), wish.job.seed)
 
-    methods: tuple[Any, ...] = ()
-    recipe = Recipe(entries=())
-    if wish.methods != ():
-        methods, recipe = generate.settle(
-            pipe, wish.methods or (), lambda: make("measuring the model once")
-        )
-    if methods:
-        with accel.patched(pipe, *methods) as patch:
+    recipe = wish.recipe
+    if recipe is None or recipe.entries:
+        recipe = generate.settle(pipe, recipe, lambda: make("measuring the model once"))
+    if recipe.entries:
+        with accel.patched(pipe, recipe=recipe) as patch:
             fast, seconds = make("accelerated", patch.report)
             report = patch.report()
     else:
@@ -187,7 +184,7 @@ def _sample(run: Run, wish: Wish, pipe: Any, call: dict[str, Any], fps: int) -> 
         report = Report(methods=(), rows=(), memory_bytes=0)
     made = {"wish": wish, "fast": fast, "fps": fps, "total": total, "report": report}
     made |= {"recipe": recipe, "seconds": seconds}
-    if not (wish.compare and methods):
+    if not (wish.compare and recipe.entries):
         return Outcome(untouched=None, **made)
     plain, plain_seconds = make("untouched, for comparison")
     psnr, ssim, distance = generate.quality(fast, plain)

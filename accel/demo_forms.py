@@ -102,6 +102,15 @@ def read(text: str) -> Recipe:
     return Recipe.read(content)
 
 
+def refuse_places(recipe: Recipe) -> None:
+    """Visitors may not name files or folders of the server: methods find those of the model."""
+    for entry in recipe.entries:
+        kind = registry.method(entry.name)
+        for name in (*getattr(kind, "folders", ()), *getattr(kind, "files", ())):
+            if entry.settings.get(name) is not None:
+                raise AccelError(f"{entry.name}: {name} cannot be chosen in the demo")
+
+
 def best_known(model: str) -> Recipe:
     """The recipe in a model's folder, or EasyCache, which needs no knowledge of the model."""
     zoo = model.startswith(ZOO)
@@ -115,10 +124,10 @@ def presets(model: str) -> dict[str, Recipe]:
     """What can be chosen without knowing methods: the best known recipe comes first."""
     best = best_known(model)
     names = " + ".join(entry.name for entry in best.entries)
-    found = {f"best known: {names}": Recipe(model=best.model, entries=best.entries)}
+    found = {f"best known: {names}": best.model_copy(update={"front": (), "measured": ()})}
     for choice in best.front:
         label = f"calibrated: {choice.speedup:.1f}× at {choice.psnr:.0f} dB"
-        found[label] = Recipe(model=best.model, entries=choice.entries)
+        found[label] = Recipe(model=best.model, valid_for=best.valid_for, entries=choice.entries)
     for words, recipe in trials("easycache").items():
         found[f"any model: EasyCache, {words}"] = recipe
     return found | {"nothing: the untouched pipeline": Recipe(entries=())}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -187,16 +188,17 @@ class Page:
         self,
         model: str,
         prompt: str,
-        seed: int,
-        steps: int,
+        seed: int | None,
+        steps: int | None,
         compare: bool,
         recipe: str,
         history: list[Outcome],
         request: gr.Request,
     ) -> Iterator[dict[Any, Any]]:
+        visitor, run = request.session_hash, None
         try:
             wish = self._wish(model, prompt, seed, steps, compare, recipe)
-            run = self._runs[request.session_hash] = self._engine.start(wish)
+            run = self._runs[visitor] = self._engine.start(wish)
             drawn = 0.0
             for news in run:
                 if isinstance(news, Outcome):
@@ -207,23 +209,36 @@ class Page:
                     yield self._going_on(news)
         except AccelError as error:
             raise gr.Error(str(error), duration=None) from error
+        finally:
+            if run is not None and self._runs.get(visitor) is run:
+                del self._runs[visitor]
         if run.outcome is None:
             yield {self.status: _stopped(run)}
 
     def _wish(
-        self, model: str, prompt: str, seed: int, steps: int, compare: bool, recipe: str
+        self,
+        model: str,
+        prompt: str,
+        seed: int | None,
+        steps: int | None,
+        compare: bool,
+        recipe: str,
     ) -> Wish:
         """Checked here too: others than our page can call the server."""
         if model not in self._models:
             raise AccelError(f"unknown model {model!r}; accepted: {', '.join(self._models)}")
-        if not 2 <= steps <= MAX_STEPS:
+        if steps is None or not 2 <= steps <= MAX_STEPS:
             raise AccelError(f"steps={steps}: accepted are 2 to {MAX_STEPS}")
+        if seed is None or not 0 <= seed < 2**63:
+            raise AccelError(f"seed={seed}: accepted are 0 to 2**63 - 1")
         if not prompt.strip() or len(prompt) > MAX_PROMPT:
             raise AccelError(f"the prompt must have 1 to {MAX_PROMPT} characters")
         job = Job(
             model=model, prompt=prompt, seed=int(seed), steps=int(steps), extra=dict(self._extra)
         )
-        return Wish(job, forms.read(recipe).methods, compare)
+        wanted = forms.read(recipe)
+        forms.refuse_places(wanted)
+        return Wish(job, wanted, compare)
 
     def _going_on(self, at: Progress) -> dict[Any, Any]:
         shown: dict[Any, Any] = {self.status: view.progress(at)}
@@ -310,8 +325,7 @@ class Page:
         """A new file; the oldest ones go, long after Gradio took its copy."""
         while len(self._files) >= KEPT_FILES:
             old = self._files.popleft()
-            old.unlink(missing_ok=True)
-            old.parent.rmdir()
+            shutil.rmtree(old.parent, ignore_errors=True)
         path = Path(tempfile.mkdtemp(dir=self._folder.name)) / name
         self._files.append(path)
         return path

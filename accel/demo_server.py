@@ -78,7 +78,7 @@ def check_host(options: Options) -> None:
 def read_auth(file: Path) -> tuple[tuple[str, str], ...]:
     """(user, password) pairs of a file with user:password lines."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise AccelError(f"--auth {file}: cannot be read ({error})") from error
     pairs = [line.partition(":") for line in lines if line.strip()]

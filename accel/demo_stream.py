@@ -138,7 +138,13 @@ class Streams:
         with self._lock:
             if self._pipe is None:
                 pipe = model_zoo.load(MODEL)[0]
-                pipe.load_lora_weights(model_zoo.path(MODEL) / "adapters", weight_name=LORA)
+                try:
+                    pipe.load_lora_weights(model_zoo.path(MODEL) / "adapters", weight_name=LORA)
+                except (ImportError, ValueError) as error:
+                    raise AccelError(
+                        f"the stream's LoRA cannot be loaded: {error}; pip install "
+                        "'diffusers-accel[demo]'"
+                    ) from error
                 pipe.fuse_lora()
                 self._pipe = pipe
             return self._pipe
@@ -155,11 +161,7 @@ def pictures(files: Sequence[Path]) -> Iterator[Image.Image]:
     """Frames of a video, or pictures in the order of their names."""
     for file in sorted(files, key=lambda each: each.name):
         if file.suffix.lower() in frame_sources.SUFFIXES:
-            try:
-                with Image.open(file) as picture:
-                    yield picture.convert("RGB").resize((SIZE, SIZE))
-            except OSError as error:
-                raise AccelError(f"{file.name}: cannot be read ({error})") from error
+            yield frame_sources.picture(file, SIZE, SIZE)
         else:
             yield from frame_sources.frames(file, SIZE, SIZE)
 

@@ -44,7 +44,7 @@ class StreamTab:
                     self.drawn = gr.Image(label="redrawn", elem_id="stream-out", **shown)
                 self.figures = gr.HTML(elem_id="stream-figures")
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-        self.go.click(
+        made = self.go.click(
             self._watch,
             [self.prompt, self.files, self.similarity],
             [self.entered, self.drawn, self.status, self.figures],
@@ -54,7 +54,7 @@ class StreamTab:
         )
         self.prompt.submit(self._reprompt, self.prompt, None, **quick)
         self.change.click(self._reprompt, self.prompt, None, **quick)
-        self.halt.click(self._stop, None, self.status, **quick)
+        self.halt.click(self._stop, None, self.status, cancels=[made], **quick)
 
     def _build_controls(self) -> None:
         first = forms.prompts(forms.ZOO + MODEL)[0]
@@ -88,6 +88,7 @@ class StreamTab:
         yield gr.skip(), gr.skip(), view.message("loading the model"), ""
         self.left(visitor)
         self._loading.add(visitor)
+        run = None
         try:
             paths = [Path(file) for file in files or []]
             run = self._streams.start(_short(prompt), paths, similarity)
@@ -106,6 +107,10 @@ class StreamTab:
                     )
         except AccelError as error:
             raise gr.Error(str(error), duration=None) from error
+        finally:
+            self._loading.discard(visitor)
+            if run is not None and self._runs.get(visitor) is run:
+                del self._runs[visitor]
         if run.stopped:
             yield gr.skip(), gr.skip(), view.message(STOPPED), gr.skip()
         elif last is not None:

@@ -5,11 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from accel.method import AccelError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def picture(file: Path, height: int, width: int) -> Image.Image:
+    """A picture's file as RGB of height × width, turned as its EXIF says; 16 bits become 8."""
+    try:
+        with Image.open(file) as opened:
+            turned = ImageOps.exif_transpose(opened)
+            if turned.mode.startswith("I"):
+                turned = Image.fromarray((np.asarray(turned) // 256).clip(0, 255).astype(np.uint8))
+            return turned.convert("RGB").resize((width, height))
+    except (OSError, Image.DecompressionBombError) as error:
+        raise AccelError(f"{file.name}: cannot be read ({error})") from error
 
 
 def frames(source: Path, height: int, width: int) -> Iterator[Image.Image]:
@@ -19,8 +32,7 @@ def frames(source: Path, height: int, width: int) -> Iterator[Image.Image]:
         if not files:
             raise AccelError(f"{source}: no pictures in it ({', '.join(sorted(SUFFIXES))})")
         for file in files:
-            with Image.open(file) as picture:
-                yield picture.convert("RGB").resize((width, height))
+            yield picture(file, height, width)
         return
     if not source.is_file():
         raise AccelError(f"{source}: no such file or folder")

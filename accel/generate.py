@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REPEATS = 3
+OURS = {"output_type", "generator", "return_dict", "latents", "callback", "callback_steps"} | {
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs")
+}
+"""Arguments of a call that make and watch a result."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,13 @@ def arguments(pipe: Any, call: dict[str, Any], job: Job) -> dict[str, Any]:
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "num_inference_steps": job.steps,
+        "guidance_scale": job.guidance_scale,
         "height": job.height,
         "width": job.width,
         "num_frames": job.num_frames,
-        **job.extra,
     }
-    chosen["guidance_scale"] = job.guidance_scale
     given = {name: value for name, value in chosen.items() if value is not None}
-    return completed(pipe, call, given)
+    return completed(pipe, call, job.extra | given)
 
 
 def completed(pipe: Any, call: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +94,9 @@ def completed(pipe: Any, call: dict[str, Any], given: dict[str, Any]) -> dict[st
     if "guidance_scale" in given and "true_cfg_scale" in call:
         rest = {name: value for name, value in given.items() if name != "guidance_scale"}
         given = rest | {"true_cfg_scale": given["guidance_scale"]}
+    ours = sorted(OURS & set(given))
+    if ours:
+        raise AccelError(f"{', '.join(ours)}: set by accel itself and cannot be given")
     unknown = sorted(set(call | given) - set(inspect.signature(pipe.__call__).parameters))
     if unknown:
         raise AccelError(f"{type(pipe).__name__} takes no {', '.join(unknown)}")
@@ -100,18 +106,18 @@ def completed(pipe: Any, call: dict[str, Any], given: dict[str, Any]) -> dict[st
     return call | given
 
 
-def methods(names: list[str], settings: dict[str, Any], recipe: Path | None) -> tuple[Any, ...]:
-    """The methods asked for by name or recipe; empty for the best known recipe."""
+def asked(names: list[str], settings: dict[str, Any], recipe: Path | None) -> Recipe | None:
+    """The recipe of methods asked for by name, or the one of a file; None: the best known one."""
     if names and recipe is not None:
         raise AccelError("give --method or --recipe, not both")
     if recipe is not None:
-        return Recipe.read(str(recipe)).methods
+        return Recipe.read(str(recipe))
     if settings and len(names) != 1:
         raise AccelError("--set needs exactly one --method")
     entries = [{"name": name, "settings": settings} for name in names]
     for name in names:
         registry.method(name)
-    return Recipe.read({"entries": entries}).methods if entries else ()
+    return Recipe.read({"entries": entries}) if entries else None
 
 
 def render(
@@ -188,18 +194,18 @@ def quality(fast: NDArray[np.uint8], slow: NDArray[np.uint8]) -> tuple[float, fl
 
 
 def generate(
-    job: Job, chosen: tuple[Any, ...], output: Path, against_untouched: bool
+    job: Job, chosen: Recipe | None, output: Path, against_untouched: bool
 ) -> dict[str, Any]:
     """Do a job and write its files; returns what the command line prints."""
     if job.video_format not in media.VIDEO_FORMATS:
         accepted = ", ".join(media.VIDEO_FORMATS)
         raise AccelError(f"unknown video format {job.video_format!r}; accepted: {accepted}")
     pipe, call, fps = load(job)
-    settled, recipe = settle(pipe, chosen, lambda: make(pipe, call, job.seed))
+    recipe = settle(pipe, chosen, lambda: make(pipe, call, job.seed))
     reports: list[Report] = []
 
     def run() -> tuple[NDArray[np.uint8], float]:
-        with accel.patched(pipe, *settled) as handle:
+        with accel.patched(pipe, recipe=recipe) as handle:
             result = make(pipe, call, job.seed)
             reports[:] = [handle.report()]
         return result
@@ -209,24 +215,30 @@ def generate(
         fast, slow, comparison = compare(run, lambda: make(pipe, call, job.seed))
     else:
         fast = run()[0]
-    about = metadata(job, call, recipe, fps)
+    about = metadata(job, call, recipe, fps, reports[0].methods)
     files = _write(output, job, fast, slow, fps, about)
     return _result(files, reports[0], comparison, about)
 
 
-def settle(
-    pipe: Any, chosen: tuple[Any, ...], run: Callable[[], Any]
-) -> tuple[tuple[Any, ...], Recipe]:
-    """The methods with their tables; `run` is called once when one still has to be measured."""
-    with accel.patched(pipe, *chosen) as attached:
+def settle(pipe: Any, chosen: Recipe | None, run: Callable[[], Any]) -> Recipe:
+    """A recipe (None: the best known one) with its tables and where it holds.
+
+    `run` is called once when a method still has to be measured.
+    """
+    with accel.patched(pipe, recipe=chosen) as attached:
         if any(getattr(method, "unmeasured", False) for method in attached.methods):
             logger.info("no table is known for this model: measuring in one full run")
             run()
-        return attached.methods, attached.recipe()
+        return attached.recipe()
 
 
-def metadata(job: Job, call: dict[str, Any], recipe: Recipe | None, fps: int) -> dict[str, Any]:
-    """Everything that makes the file again; without a recipe it was made untouched."""
+def metadata(
+    job: Job, call: dict[str, Any], recipe: Recipe | None, fps: int, used: Sequence[str]
+) -> dict[str, Any]:
+    """Everything that makes the file again; without a recipe it was made untouched.
+
+    `used`: the methods that really ran, others than the recipe's where that does not hold.
+    """
     return {
         "schema_version": 1,
         "model": job.model,
@@ -235,7 +247,7 @@ def metadata(job: Job, call: dict[str, Any], recipe: Recipe | None, fps: int) ->
         "steps": call.get("num_inference_steps"),
         "loading": dataclasses.asdict(job.loading),
         "call": {key: value for key, value in call.items() if key != "prompt"},
-        "methods": [entry.name for entry in recipe.entries] if recipe else [],
+        "methods": list(used),
         "recipe": recipe.model_dump(mode="json") if recipe else None,
         "fps": fps,
         "threads": torch.get_num_threads(),

@@ -54,27 +54,25 @@ class Run:
     quality: dict[str, float]
 
 
-def measure(
-    pipe: Any, call: dict[str, Any], prompts: Sequence[str], chosen: tuple[Any, ...]
-) -> list[Run]:
+def measure(pipe: Any, call: dict[str, Any], prompts: Sequence[str], recipe: Recipe) -> list[Run]:
     """Run every prompt patched and untouched; seed = its place in the list."""
     return [
-        _measure_one(pipe, call | {"prompt": prompt}, seed, chosen)
+        _measure_one(pipe, call | {"prompt": prompt}, seed, recipe)
         for seed, prompt in enumerate(prompts)
     ]
 
 
-def _measure_one(pipe: Any, call: dict[str, Any], seed: int, chosen: tuple[Any, ...]) -> Run:
+def _measure_one(pipe: Any, call: dict[str, Any], seed: int, recipe: Recipe) -> Run:
     slow_latents: list[torch.Tensor] = []
     fast_latents: list[torch.Tensor] = []
     slow = generate.make(pipe, _watched(pipe, call, slow_latents), seed)[0]
-    with accel.patched(pipe, *chosen) as handle:
+    with accel.patched(pipe, recipe=recipe) as handle:
         fast = generate.make(pipe, _watched(pipe, call, fast_latents), seed)[0]
         report = handle.report()
     seconds = []
     for _ in range(REPEATS):
         plain = generate.make(pipe, call, seed)[1]
-        with accel.patched(pipe, *chosen):
+        with accel.patched(pipe, recipe=recipe):
             seconds.append((generate.make(pipe, call, seed)[1], plain))
     a, b = pictures(fast), pictures(slow)
     quality = {"psnr": min(metrics.psnr(a, b), 100.0), "ssim_gaussian11": metrics.ssim(a, b)}
@@ -186,8 +184,11 @@ def _row_point(row: dict[str, Any]) -> tuple[float, float, str]:
 def _bench_rows(file: Path) -> list[dict[str, Any]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-        return [row for row in rows if "failed" not in row]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kept = [row for row in rows if "failed" not in row]
+        if not all(row["kind"] and np.isfinite(_row_point(row)[:2]).all() for row in kept):
+            raise ValueError("a row without finite figures")
+        return kept
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise AccelError(f"{file}: not a result of accel bench ({error})") from error
 
 

@@ -102,7 +102,7 @@ def _folder_or_repository(model: str, options: Loading) -> Any:
     chosen |= {"variant": options.variant, "revision": options.revision}
     try:
         pipe = DiffusionPipeline.from_pretrained(model, use_safetensors=True, **chosen)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
         zoo = ", ".join(f"zoo:{name}" for name in model_zoo.names())
         reason = str(error).splitlines()[0]
         raise AccelError(
@@ -125,13 +125,12 @@ def _add_loras(pipe: Any, loras: tuple[str, ...]) -> None:
         name = wanted.get("adapter_name", f"lora_{index}")
         try:
             pipe.load_lora_weights(str(source), weight_name=weight_name, adapter_name=name)
-        except (OSError, ValueError, KeyError) as error:
+            names.append(name)
+            scales.append(float(wanted.get("lora_scale", 1.0)))
+            pipe.set_adapters(names, scales)
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise AccelError(f"--lora {wanted['lora_id']}: cannot be loaded ({reason})") from error
-        names.append(name)
-        scales.append(float(wanted.get("lora_scale", 1.0)))
-    if names:
-        pipe.set_adapters(names, scales)
 
 
 def _lora(text: str) -> dict[str, Any]:
@@ -143,8 +142,8 @@ def _lora(text: str) -> dict[str, Any]:
         wanted: dict[str, Any] = json.loads(text)
     except json.JSONDecodeError as error:
         raise AccelError(f"--lora: not JSON ({error})") from error
-    if "lora_id" not in wanted or set(wanted) - known:
-        raise AccelError(f"--lora: needs lora_id; accepted: {', '.join(sorted(known))}")
+    if not isinstance(wanted.get("lora_id"), str) or set(wanted) - known:
+        raise AccelError(f"--lora: needs a text lora_id; accepted: {', '.join(sorted(known))}")
     return wanted
 
 

@@ -50,6 +50,11 @@ def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -
             "PyAV is absent: writing an animated PNG (pip install 'diffusers-accel[video]')"
         )
         return _save_animation(path.with_suffix(".png"), frames, fps, metadata)
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise AccelError(
+            f"a video of {width}×{height} pixels: MP4 needs even sizes; gif and png take this too"
+        )
     return _atomically(path, lambda part: _encode(part, frames, fps, metadata))
 
 
@@ -65,7 +70,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AccelError(f"{path}: no such file")
     try:
-        if path.suffix == ".mp4":
+        if path.suffix.lower() == ".mp4":
             import av
 
             with av.open(str(path)) as container:
@@ -75,9 +80,12 @@ def read_metadata(path: Path) -> dict[str, Any]:
                 text = image.info.get("comment" if image.format == "GIF" else KEY)
     except (OSError, ValueError, ImportError) as error:
         raise AccelError(f"{path}: cannot be read ({error})") from error
-    if text is None:
+    try:
+        found: dict[str, Any] = json.loads(text or "")
+    except (ValueError, TypeError):
+        found = {}
+    if not isinstance(found, dict) or not found:
         raise AccelError(f"{path}: was not written by accel (no {KEY!r} metadata)")
-    found: dict[str, Any] = json.loads(text)
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 
 from accel import generate
 from accel.bench import Candidate
+from accel.recipe import Recipe
 
 if TYPE_CHECKING:
     from accel.bench import Bench
@@ -227,10 +228,10 @@ def _measured_ratios(bench: Bench) -> list[float]:
     """Ratios from our own measuring run: diffusers would print them for copying by hand."""
     import accel
 
-    settled, _ = generate.settle(
+    recipe = generate.settle(
         bench.pipe,
-        (accel.MagCache(),),
+        Recipe.of((accel.MagCache(),)),
         lambda: generate.make(bench.pipe, bench.call | {"prompt": bench.measuring_prompt}, 0),
     )
-    tables = settled[0].ratios
+    tables = recipe.methods[0].ratios  # type: ignore[attr-defined]
     return list(next(iter(tables.values())))

@@ -79,8 +79,9 @@ class Patch:
         )
 
     def recipe(self) -> Recipe:
-        """The attached methods with their measured tables, for saving."""
-        return Recipe.of(self.methods, model=type(self._denoisers[0].module).__name__)
+        """The attached methods with their measured tables and where they hold, for saving."""
+        model = type(self._denoisers[0].module).__name__
+        return Recipe.of(self.methods, model, self._valid_for)
 
     def remove(self) -> None:
         """Undo everything; calling it again does nothing."""

@@ -129,12 +129,14 @@ class Recipe(BaseModel):
         raise AccelError(f"psnr={psnr:g} was not reached; the closest is {best:.1f} dB")
 
     @classmethod
-    def of(cls, methods: tuple[Method, ...], model: str = "") -> Recipe:
+    def of(
+        cls, methods: tuple[Method, ...], model: str = "", valid_for: Validity | None = None
+    ) -> Recipe:
         """The recipe of some settings objects."""
         entries = tuple(
             _Entry(name=type(method).__name__, settings=_settings(method)) for method in methods
         )
-        return cls(model=model, entries=entries)
+        return cls(model=model, valid_for=valid_for or Validity(), entries=entries)
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:

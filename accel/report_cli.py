@@ -26,17 +26,24 @@ def report(
     from accel import generate, html_report
     from accel.choosing import choose
     from accel.known_recipes import known_recipe
+    from accel.method import AccelError
     from accel.recipe import Recipe
 
+    if output.is_dir():
+        raise AccelError(f"--output {output}: is a folder; a file such as report.html is accepted")
+    asked = generate.asked(method or [], {}, recipe)
     pipe, call, _ = generate.load(generate.Job(model=model, prompt=prompt[0], steps=steps))
-    methods = generate.methods(method or [], {}, None)
-    chosen, _ = choose(pipe, methods, recipe, speedup, quality)
-    settled, used = generate.settle(
-        pipe, chosen, lambda: generate.make(pipe, call | {"prompt": prompt[0]}, 0)
+    by_name = asked.methods if asked is not None and method else ()
+    given = None if method else asked
+    methods, valid_for = choose(pipe, by_name, given, speedup, quality)
+    used = generate.settle(
+        pipe,
+        Recipe.of(methods, valid_for=valid_for),
+        lambda: generate.make(pipe, call | {"prompt": prompt[0]}, 0),
     )
-    known = Recipe.load(recipe) if recipe else known_recipe(pipe)
-    if known is not None and not methods:
+    known = given or known_recipe(pipe)
+    if known is not None and not method:
         used = used.model_copy(update={"front": known.front, "measured": known.measured})
-    runs = html_report.measure(pipe, call, prompt, settled)
+    runs = html_report.measure(pipe, call, prompt, used)
     command = " ".join(["accel", *sys.argv[1:]])
     print(html_report.write(output, f"accel on {model}", used, runs, bench or [], command))

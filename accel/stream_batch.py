@@ -123,12 +123,8 @@ class StreamBatch:
 
     @torch.no_grad()
     def drain(self) -> Tensor | None:
-        """Frames in flight move on without a new one until one leaves; None when none is left."""
-        while self.latents:
-            left = self._advance()
-            if left is not None:
-                return left
-        return None
+        """Frames in flight, if any, move on without a new one; the one that leaves, or None."""
+        return self._advance() if self.latents else None
 
     def _advance(self) -> Tensor | None:
         """One call of the network: every frame moves down one level, and the cleanest leaves."""

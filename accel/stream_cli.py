@@ -24,17 +24,34 @@ def stream(
     indices: Annotated[str, typer.Option(help="levels in a table of 50, with commas")] = "32,45",
     guidance: Annotated[str, typer.Option(help="none, self, onetime or full")] = "self",
     guidance_scale: Annotated[float, typer.Option()] = 1.2,
-    similarity: Annotated[float, typer.Option(help="of left-out frames; 1 is off")] = 1.0,
+    similarity: Annotated[
+        float, typer.Option(min=0, max=1, help="of left-out frames; 1: off")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0)] = 2,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="frames of an earlier run")
+    ] = False,
 ) -> None:
     """Redraw frames by a stream batch; prints frames a second and how many were left out."""
     from PIL import Image
 
     from accel import loading, registry
     from accel.frame_sources import frames
+    from accel.method import AccelError
     from accel.similarity_filter import SimilarityFilter
     from accel.stream_session import Session
 
+    if output.exists() and not output.is_dir():
+        raise AccelError(f"--output {output}: is a file; a folder is accepted")
+    earlier = [*output.glob("[0-9]" * 6 + ".png")]
+    if earlier and not overwrite:
+        raise AccelError(
+            f"--output {output}: holds frames of an earlier run; --overwrite drops them"
+        )
+    try:
+        levels = tuple(int(index) for index in indices.split(","))
+    except ValueError as error:
+        raise AccelError(f"--indices {indices!r}: write whole numbers such as 32,45") from error
     pipe, call, _ = loading.load(model, loading.Loading(lora=tuple(lora or [])))
     if lora:
         pipe.fuse_lora()
@@ -44,7 +61,7 @@ def stream(
         prompt,
         negative_prompt,
         **size,
-        indices=tuple(int(index) for index in indices.split(",")),
+        indices=levels,
         guidance=guidance,
         guidance_scale=guidance_scale,
         similarity=SimilarityFilter(similarity) if similarity < 1 else None,
@@ -54,6 +71,8 @@ def stream(
     feeder = threading.Thread(target=_feed, args=(session, frames(source, **size)), daemon=True)
     feeder.start()
     output.mkdir(parents=True, exist_ok=True)
+    for file in earlier:
+        file.unlink()
     counts = {"frames": 0, "left_out": 0}
     for drawn in session:
         Image.fromarray(drawn.picture).save(output / f"{counts['frames']:06d}.png")

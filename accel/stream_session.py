@@ -62,30 +62,39 @@ class Session:
         if self._ended:
             self._raise_error()
             raise AccelError("this stream was closed")
-        self._enter(frame, timeout)
+        if not self._enter(frame, timeout):
+            self._raise_error()
+            raise AccelError("this stream was closed")
 
     def close(self) -> None:
         """No more frames come; what is in flight still comes out."""
         if not self._ended:
             self._ended = True
-            self._enter(_END, None)
+            if not self._enter(_END, None):
+                self._raise_error()
 
-    def _enter(self, item: Any, timeout: float | None) -> None:
+    def _enter(self, item: Any, timeout: float | None) -> bool:
+        """Whether the stream still took it."""
         waited = 0.0
         while self._thread.is_alive():
             try:
                 self._in.put(item, timeout=_WAIT)
-                return
+                return True
             except queue.Full:
                 waited += _WAIT
                 if timeout is not None and waited >= timeout:
                     raise
-        self._raise_error()
+        return False
 
     def fail(self, error: BaseException) -> None:
-        """The source broke: what is in flight comes out, then `error` is raised to the consumer."""
-        self._error = error
-        self.close()
+        """The source broke: what is in flight comes out, then `error` is raised to the consumer.
+
+        An error of the network that came before stays the one that is raised.
+        """
+        self._error = self._error or error
+        if not self._ended:
+            self._ended = True
+            self._enter(_END, None)
 
     def stop(self) -> None:
         """End at once; what was not taken is dropped."""

@@ -25,9 +25,12 @@ def save(network: nn.Module, config: Any, folder: Path, name: str, notes: dict[s
 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.half().contiguous() for key, value in network.state_dict().items()}
-    save_file(weights, folder / f"{name}.safetensors")
     content = {**asdict(config), "training": notes}
-    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    parts = [folder / f"{name}.{suffix}.part" for suffix in ("safetensors", "json")]
+    save_file(weights, parts[0])
+    parts[1].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for part in parts:  # both are whole before either takes its place
+        part.replace(part.with_suffix(""))
 
 
 def load(
@@ -42,6 +45,8 @@ def load(
 
     try:
         content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"{name}.json holds no object")
         content.pop("training", None)
         network = build(content)
         network.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -55,15 +60,17 @@ def load(
 
 
 def find(given: str | None, module: Any, name: str, otherwise: str) -> Path:
-    """The folder the user gave, or `adapters`/`name` beside the weights of a denoiser.
+    """The folder the user gave, or `adapters`/`name` in the model's folder of a denoiser.
 
     Raises `AccelError`, saying what to do `otherwise`, where there is none.
     """
     if given is not None:
         return Path(given)
     origin = getattr(module.config, "_name_or_path", None)
-    found = Path(os.fspath(origin)).parent / "adapters" / name if origin else None
-    if found is None or not found.is_dir():
+    # pipelines name the denoiser's own folder; from_pretrained(…, subfolder="unet") the model's
+    places = [Path(os.fspath(origin)).parent, Path(os.fspath(origin))] if origin else []
+    found = next((at for place in places if (at := place / "adapters" / name).is_dir()), None)
+    if found is None:
         raise AccelError(
             f"this model has no folder adapters/{name} beside its weights; {otherwise}"
         )

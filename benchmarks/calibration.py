@@ -59,9 +59,11 @@ def candidates(pipe: Any, call: dict[str, Any], name: str, recipe: Recipe) -> di
         found[f"calibrated {number}: {choice.label}"] = choice.methods
     for single in SINGLES:
         measure = call | {"prompt": train}
-        settled, _ = generate.settle(pipe, (single,), lambda m=measure: generate.make(pipe, m, 0))
+        recipe = generate.settle(
+            pipe, Recipe.of((single,)), lambda m=measure: generate.make(pipe, m, 0)
+        )
         kind = "measured" if getattr(single, "unmeasured", False) else "by hand"
-        found[f"single, {kind}: {single}"] = settled
+        found[f"single, {kind}: {single}"] = recipe.methods
     return found
 
 

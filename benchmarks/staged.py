@@ -32,6 +32,7 @@ from torch import Generator, Tensor
 import accel
 from accel import generate, metrics, model_zoo
 from accel.latent_upsampler import LatentUpsampler
+from accel.recipe import Recipe
 from accel.samplers import ralu
 from demos.zoo import data, text
 from demos.zoo import evaluate as judging
@@ -151,7 +152,8 @@ def _settled(
     if not methods:
         return ()
     given = {**call, "num_inference_steps": steps, "prompt": _captions(model, "train")[0]}
-    return generate.settle(pipe, methods, lambda: generate.make(pipe, given, 0))[0]
+    recipe = Recipe.of(methods)
+    return generate.settle(pipe, recipe, lambda: generate.make(pipe, given, 0)).methods
 
 
 def judged(model: str, captions: list[str], rows: dict[str, dict[str, Any]]) -> list[Any]:

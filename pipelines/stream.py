@@ -7,6 +7,8 @@ writing run beside each other with bounded queues between them.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -60,13 +62,18 @@ class StreamPipeline:
                 f"StableDiffusionPipeline; {type(pipe).__name__} has none"
             )
         factor = pipe.vae_scale_factor
-        if height % factor or width % factor:
-            raise AccelError(f"frames of {height}×{width}: both must be divisible by {factor}")
+        if min(height, width) < 1 or height % factor or width % factor:
+            raise AccelError(
+                f"frames of {height}×{width}: both must be positive and divisible by {factor}"
+            )
         kind = pipe.scheduler.config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
             raise AccelError(f"prediction_type={kind!r}: epsilon and v_prediction are accepted")
         self.pipe, self.height, self.width = pipe, height, width
-        self.similarity = similarity
+        self.similarity = None if similarity is None else dataclasses.replace(similarity)
+        self._vae = pipe.vae
+        if self._vae.dtype == torch.float16 and self._vae.config.get("force_upcast"):
+            self._vae = copy.deepcopy(self._vae).float()  # as the pipeline does for each picture
         self._lock = threading.Lock()
         self._set_prompt(prompt, negative_prompt)
         unet = pipe.unet
@@ -83,46 +90,58 @@ class StreamPipeline:
         shape = (1, unet.config.in_channels, height // factor, width // factor)
         self.batch.fix_noise(torch.empty(shape, device=unet.device, dtype=unet.dtype), seed)
         self._entered = 0
-        self._frames: deque[int] = deque()
-        """Numbers of the frames in flight, the oldest first."""
-        self._last: Drawn | None = None
+        self._frames: deque[tuple[int, bool]] = deque()
+        """Numbers of the frames that have not left, the oldest first, and which were left out."""
+        self._pictures: deque[NDArray[np.uint8]] = deque()
+        """Of frames that are drawn but have not left."""
+        self._last: NDArray[np.uint8] | None = None
 
     # --- frame by frame ------------------------------------------------------------------------
 
     def step(self, frame: Any) -> Drawn | None:
         """A frame enters: a PIL picture, (height, width, 3) bytes, or (3, height, width) in [0, 1].
 
-        Returns the picture that leaves: of the frame that entered one less than the number of
-        levels before, the last one again when the frame was left out, or None while the levels
-        fill.
+        Returns the picture that leaves, of the frame that entered one less than the number of
+        levels before, or None while the levels fill. A frame that is left out takes its place in
+        the row, with the picture of the frame before it; meanwhile those in flight move on.
         """
         pixels = self._pixels(frame)
         with self._lock:
-            number, self._entered = self._entered, self._entered + 1
-            known = self._last
-            if known is not None and self.similarity is not None and self.similarity.skip(pixels):
-                return Drawn(number, known.picture, repeated=True)
-            self._frames.append(number)
-            return self._drawn(self.batch.push(self._encode(pixels)))
+            left_out = self.similarity is not None and self.similarity.skip(pixels)
+            self._frames.append((self._entered, left_out))
+            self._entered += 1
+            return self._leaving(
+                self.batch.drain() if left_out else self.batch.push(self._encode(pixels))
+            )
 
     def drain(self) -> Iterator[Drawn]:
         """The pictures still in flight, without new frames."""
         while self._frames:
             with self._lock:
-                drawn = self._drawn(self.batch.drain())
+                drawn = self._leaving(self.batch.drain())
             if drawn is not None:
                 yield drawn
 
-    def prompt(self, prompt: str, negative_prompt: str = "") -> None:
-        """Change both prompts while the stream runs; the next call of the network uses them."""
-        with self._lock:
-            self._set_prompt(prompt, negative_prompt)
+    def prompt(self, prompt: str, negative_prompt: str | None = None) -> None:
+        """Change the prompt while the stream runs, and the negative one where it is given.
 
-    def _drawn(self, latent: Tensor | None) -> Drawn | None:
-        if latent is None:
-            return None
-        self._last = Drawn(self._frames.popleft(), self._decode(latent))
-        return self._last
+        The next call of the network uses them.
+        """
+        with self._lock:
+            self._set_prompt(prompt, self._negative if negative_prompt is None else negative_prompt)
+
+    def _leaving(self, latent: Tensor | None) -> Drawn | None:
+        """The oldest frame, if its picture is there now that `latent` is done."""
+        if latent is not None:
+            self._pictures.append(self._decode(latent))
+        number, repeated = self._frames[0]
+        if not repeated:
+            if not self._pictures:
+                return None
+            self._last = self._pictures.popleft()
+        self._frames.popleft()
+        assert self._last is not None  # the first frame is never left out
+        return Drawn(number, self._last, repeated)
 
     # --- the network ---------------------------------------------------------------------------
 
@@ -137,6 +156,7 @@ class StreamPipeline:
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
             )
+        self._negative = negative_prompt
         self._states = torch.cat(encoded[:2])
         self._pooled = torch.cat(encoded[2:]) if len(encoded) == 4 else None
 
@@ -166,8 +186,11 @@ class StreamPipeline:
             pixels = frame.float()
         else:
             array = np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame)
-            if array.ndim != 3 or array.shape[-1] != 3:
-                raise AccelError(f"a frame of shape {array.shape}: (height, width, 3) is accepted")
+            if array.ndim != 3 or array.shape[-1] != 3 or array.dtype != np.uint8:
+                raise AccelError(
+                    f"a frame of shape {array.shape} and {array.dtype}: accepted are uint8 of "
+                    "(height, width, 3), or a tensor (3, height, width) with values in [0, 1]"
+                )
             pixels = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
         if tuple(pixels.shape) != (3, self.height, self.width):
             raise AccelError(
@@ -178,15 +201,17 @@ class StreamPipeline:
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
-        vae = self.pipe.vae
+        vae = self._vae
         image = (pixels[None] * 2 - 1).to(vae.device, vae.dtype)
         latent: Tensor = vae.encode(image).latent_dist.mode() * vae.config.scaling_factor
         return latent.to(self.pipe.unet.dtype)
 
     @torch.no_grad()
     def _decode(self, latent: Tensor) -> NDArray[np.uint8]:
-        vae = self.pipe.vae
+        vae = self._vae
         image = vae.decode(latent.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        if not image.isfinite().all():
+            raise AccelError("the stream made values that are not finite")
         pixels = (image[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 0) * 255
         array: NDArray[np.uint8] = pixels.round().to(torch.uint8).cpu().numpy()
         return array

@@ -80,6 +80,28 @@ def test_trained_adapters_are_learnt_on_from(folder, tmp_path) -> None:
             adapter_training.train(
                 model, prompts, tmp_path / "on", plan(**short, **settings), lambda _: None
             )
+        shutil.rmtree(tmp_path / "on")
+
+
+def test_other_settings_do_not_go_on_with_what_lies_there(folder, tmp_path) -> None:
+    model, prompts = folder
+    short = {"minutes": 1e-4}
+    adapter_training.train(model, prompts, tmp_path / "out", plan(**short), lambda _: None)
+    for name, value in (
+        ("scales", (1.0, 4.0)),
+        ("seed", 1),
+        ("trajectories", 8),
+        ("start", str(tmp_path / "out")),
+        ("width", 4),
+        ("keep_length", False),
+    ):
+        with pytest.raises(accel.AccelError, match=f"another {name} .*another --output or --work"):
+            adapter_training.train(
+                model, prompts, tmp_path / "out", plan(**short, **{name: value}), lambda _: None
+            )
+    prompts.write_text("something else\n")
+    with pytest.raises(accel.AccelError, match="another prompts"):
+        adapter_training.train(model, prompts, tmp_path / "out", plan(**short), lambda _: None)
 
 
 def test_trained_adapters_lead_half_of_the_guided_runs(folder, tmp_path, monkeypatch) -> None:
@@ -144,7 +166,14 @@ def test_adapters_that_do_nothing_have_an_error_of_one(folder, tmp_path) -> None
 
 @pytest.mark.parametrize(
     "settings",
-    [{"variant": "lora"}, {"minutes": 0}, {"trajectories": 3}, {"scales": (4, 2)}, {"width": 1}],
+    [
+        {"variant": "lora"},
+        {"minutes": 0},
+        {"trajectories": 3},
+        {"scales": (4, 2)},
+        {"width": 1},
+        {"lr": -1.0},
+    ],
 )
 def test_bad_settings_are_refused(settings) -> None:
     with pytest.raises(accel.AccelError, match=next(iter(settings))):

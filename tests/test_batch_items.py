@@ -119,6 +119,15 @@ def test_names_follow_the_template_and_never_collide(tmp_path) -> None:
             batch_items.named(items, wrong)
 
 
+def test_prompts_without_ascii_letters_have_names_of_their_own() -> None:
+    prompts = ["猫", "犬", "🚀", "Die Katze 猫", "Die Katze 犬", "Äpfel", "", "die katze"]
+    found = [batch_items.slug(each) for each in prompts]
+    assert len(set(found)) == len(prompts)
+    assert found[-2:] == ["untitled", "die-katze"]
+    assert all(each.isascii() for each in found)
+    assert batch_items.slug("猫") == found[0]
+
+
 def test_items_with_an_error_have_names_of_their_own(tmp_path) -> None:
     text = "a?\nb?\na --w x\nb --w x\nc\nc --d 9\nitem 0\n"
     items = batch_items.read(write(tmp_path, "p.txt", text), seeds=(0, 1))

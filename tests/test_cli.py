@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_pipelines import TINY
 from typer.testing import CliRunner
 
 import accel
 from accel import cli, generate, media
+from accel.recipe import Validity
 
 CALL = {
     "height": 16,
@@ -92,6 +94,49 @@ def test_recipe_file_is_used(model, tmp_path) -> None:
     assert json.loads(result.stdout)["share_computed"] == pytest.approx(0.25)
 
 
+def test_outside_of_a_recipe_an_online_method_runs_and_is_named(model, tmp_path, caplog) -> None:
+    file = tmp_path / "r.json"
+    held = accel.Recipe.of((accel.PlainCycle(interval=4),), valid_for=Validity(steps=(50, 50)))
+    held.save(file)
+    result = call(*command(model, tmp_path, "--recipe", str(file)))
+    assert "holds for 50 to 50 steps, and this run has 8" in caplog.text
+    printed = json.loads(result.stdout)
+    assert printed["methods"] == ["EasyCache"]
+    metadata = media.read_metadata(media.Path(printed["files"][0]))
+    assert metadata["methods"] == ["EasyCache"]
+    assert accel.Recipe.read(metadata["recipe"]).valid_for == held.valid_for
+    again = json.loads(call("show", printed["files"][0], "--rerun", "--format", "json").stdout)
+    assert again["identical"]
+
+
+def test_a_recipe_without_methods_is_the_untouched_pipeline(model, tmp_path) -> None:
+    file = tmp_path / "r.json"
+    accel.Recipe(entries=()).save(file)
+    result = call(*command(model, tmp_path, "--recipe", str(file), "--compare"))
+    printed = json.loads(result.stdout)
+    assert printed["methods"] == [] and printed["psnr"] == 100.0
+
+
+def test_guidance_is_what_was_asked_for_and_comes_back(model, tmp_path) -> None:
+    pictures = {}
+    for name, given, more in (
+        ("asked", {}, ["--guidance-scale", "3"]),
+        ("among others", {"guidance_scale": 3.0}, []),
+        ("plain", {}, []),
+    ):
+        more += ["--method", "easycache", "--video-format", "png"]
+        arguments = command(model, tmp_path / name, *more)
+        arguments[arguments.index(json.dumps(CALL))] = json.dumps(CALL | given)
+        (file,) = json.loads(call(*arguments).stdout)["files"]
+        pictures[name] = media.Path(file)
+    metadata = [media.read_metadata(pictures[name]) for name in ("asked", "among others")]
+    assert [each["call"]["guidance_scale"] for each in metadata] == [3.0, 3.0]
+    content = {name: np.asarray(Image.open(file)).tolist() for name, file in pictures.items()}
+    assert content["asked"] == content["among others"] != content["plain"]
+    again = call("show", str(pictures["asked"]), "--rerun", "--format", "json")
+    assert json.loads(again.stdout)["identical"]
+
+
 def test_nothing_saved_is_said_loudly(model, tmp_path, caplog) -> None:
     same = ("--method", "plaincycle", "--set", "interval=1", "--compare")
     result = call(*command(model, tmp_path, *same))
@@ -110,6 +155,7 @@ def test_nothing_saved_is_said_loudly(model, tmp_path, caplog) -> None:
         (["--method", "magcache", "--recipe", "x"], "--method or --recipe, not both"),
         (["--pipeline-kwargs", "{"], "--pipeline-kwargs: not JSON"),
         (["--pipeline-kwargs", '{"colour": 1}'], "WanPipeline takes no colour"),
+        (["--pipeline-kwargs", '{"output_type": "pt"}'], "output_type: set by accel itself"),
         (["--pipeline-kwargs", '{"num_videos_per_prompt": 2}'], "num_videos_per_prompt=2: one"),
     ],
 )

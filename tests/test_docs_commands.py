@@ -66,7 +66,7 @@ def check(command: str, sentence: bool = False) -> None:
         return
     if given.get("method") or given.get("settings"):
         settings = cli._pairs(given.get("settings") or [])
-        generate.methods(list(given.get("method") or []), settings, None)
+        generate.asked(list(given.get("method") or []), settings, None)
     if given.get("methods") not in (None, "all"):
         for name in given["methods"].split(","):
             registry.method(name)

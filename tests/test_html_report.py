@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     tiny, _ = built("wan21")
     call = {name: value for name, value in tiny.call.items() if name != "output_type"}
     method = accel.PlainCycle(interval=2, warmup=1)
-    runs = html_report.measure(tiny.pipe, call, ["a <cat>", "a dog"], (method,))
+    runs = html_report.measure(tiny.pipe, call, ["a <cat>", "a dog"], Recipe.of((method,)))
     recipe = Recipe.read({"entries": [{"name": "PlainCycle"}], "front": FRONT})
     bench = tmp_path_factory.mktemp("report") / "bench.json"
     row = {"name": "TeaCache()", "kind": "peer", "speedup": 3.0, "psnr": {"median": 33.0}}
@@ -73,7 +73,19 @@ def test_errors_begin_at_the_first_reuse(page) -> None:
         assert all(error > 0 for error in run.error[first:])
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"rows": 3}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "",
+            "{}",
+            "[1]",
+            '{"rows": 3}',
+            '{"rows": [{"kind": "accel", "speedup": 2, "name": "x"}]}',
+        ),
+        '{"rows": [{"kind": "accel", "speedup": 2, "name": "x", "psnr": {"median": Infinity}}]}',
+    ],
+)
 def test_a_wrong_bench_file_is_named(tmp_path, content) -> None:
     file = tmp_path / "wrong.json"
     file.write_text(content)

@@ -81,7 +81,8 @@ def test_lora_by_file_or_json(unet_and_lora, as_json) -> None:
         ({"attention_backend": "magic"}, "--attention-backend 'magic'"),
         ({"lora": ("nowhere.safetensors",)}, "--lora nowhere.safetensors: cannot be loaded"),
         ({"lora": ("{",)}, "--lora: not JSON"),
-        ({"lora": ('{"scale": 1}',)}, "--lora: needs lora_id; accepted: adapter_name"),
+        ({"lora": ('{"scale": 1}',)}, "--lora: needs a text lora_id; accepted: adapter_name"),
+        ({"lora": ('{"lora_id": 5}',)}, "--lora: needs a text lora_id"),
     ],
 )
 def test_what_cannot_be_done_is_named(wan, options, message) -> None:
@@ -92,6 +93,18 @@ def test_what_cannot_be_done_is_named(wan, options, message) -> None:
 def test_unet_has_no_attention_dispatcher(unet_and_lora) -> None:
     with pytest.raises(AccelError, match="does not use the attention dispatcher"):
         load(unet_and_lora[0], Loading(attention_backend="native"))
+
+
+def test_a_lora_of_another_model_is_named(unet_and_lora, wan) -> None:
+    with pytest.raises(AccelError, match=r"--lora .*: cannot be loaded"):
+        load(wan, Loading(lora=(str(unet_and_lora[1]),)))
+
+
+@pytest.mark.parametrize("index", ['{"_class_name": "NoPipeline"}', "[]"])
+def test_a_folder_of_an_unknown_pipeline_is_named(tmp_path, index) -> None:
+    (tmp_path / "model_index.json").write_text(index)
+    with pytest.raises(AccelError, match="cannot be loaded"):
+        load(str(tmp_path), Loading())
 
 
 def test_model_that_is_not_there() -> None:

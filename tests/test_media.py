@@ -72,6 +72,19 @@ def test_foreign_and_missing_files_are_named(tmp_path) -> None:
         media.read_metadata(tmp_path / "plain.png")
     with pytest.raises(AccelError, match="no such file"):
         media.read_metadata(tmp_path / "none.png")
+    for number, comment in enumerate(("Created with GIMP", "123", "[]", "{}")):
+        file = tmp_path / f"{number}.gif"
+        Image.fromarray(frames()[0]).save(file, comment=comment.encode())
+        with pytest.raises(AccelError, match="not written by accel"):
+            media.read_metadata(file)
+
+
+def test_odd_sizes_of_a_video_are_named(tmp_path) -> None:
+    pytest.importorskip("av")
+    odd = np.zeros((2, 9, 8, 3), np.uint8)
+    with pytest.raises(AccelError, match="8×9 pixels: MP4 needs even sizes"):
+        media.save_video(tmp_path / "a.mp4", odd, 8, METADATA)
+    assert media.save_video(tmp_path / "a.gif", odd, 8, METADATA).exists()
 
 
 def test_side_by_side_doubles_the_width() -> None:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import accel
 from accel import cli, loading
-from accel.frame_sources import frames
+from accel.frame_sources import frames, picture
 
 COUNT, SIZE = 6, 32
 
@@ -59,6 +59,44 @@ def test_frames_are_resized_and_in_order(folder, video) -> None:
     levels = [np.asarray(each).mean() for each in found]
     assert levels == sorted(levels)
     assert len(list(frames(folder, 16, 24))) == COUNT
+
+
+def test_pictures_of_any_kind_become_rgb(tmp_path) -> None:
+    gray = np.full((8, 8), 30000, np.uint16)
+    Image.fromarray(gray).save(tmp_path / "16.png")
+    turned = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    about = turned.getexif()
+    about[0x0112] = 3  # upside down
+    turned.save(tmp_path / "turned.png", exif=about)
+    assert np.asarray(picture(tmp_path / "16.png", 8, 8)).max() == 30000 // 256
+    shown = np.asarray(picture(tmp_path / "turned.png", 8, 8))
+    assert np.array_equal(shown, np.asarray(turned)[::-1, ::-1])
+    (tmp_path / "broken.png").write_bytes(b"nothing")
+    with pytest.raises(accel.AccelError, match=r"broken\.png: cannot be read"):
+        list(frames(tmp_path, 8, 8))
+
+
+def test_wrong_options_are_named_before_anything_runs(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "load", lambda *args: pytest.fail("nothing should be loaded"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "000000.png").write_bytes(b"kept")
+    wrong = call(folder, out)
+    assert "holds frames of an earlier run" in str(wrong.exception)
+    assert "--indices" in str(call(folder, tmp_path / "new", "--indices", "32;45").exception)
+    assert "is a file" in str(call(folder, out / "000000.png").exception)
+    assert call(folder, tmp_path / "new", "--similarity", "1.5").exit_code == 2
+
+
+def test_an_earlier_run_is_dropped_when_asked(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(loading, "load", lambda *args: (built("sd15")[0].pipe, {}, None))
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("000099.png", "notes.png"):
+        (out / name).write_bytes(b"earlier")
+    assert call(folder, out, "--overwrite").exit_code == 0
+    names = {file.name for file in out.iterdir()}
+    assert names == {*(f"{number:06d}.png" for number in range(COUNT)), "notes.png"}
 
 
 def test_missing_sources_are_named(tmp_path) -> None:

@@ -26,16 +26,16 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=4)
     options = parser.parse_args()
     settings = {key: json.loads(value) for key, value in (s.split("=", 1) for s in options.set)}
-    chosen = generate.methods([options.method], settings, None)
+    chosen = generate.asked([options.method], settings, None)
     pipe, call, _ = model_zoo.load(options.model)
     train = model_zoo.prompts(options.model, "train").read_text().splitlines()
     first = call | {"prompt": train[0]}
-    settled, recipe = generate.settle(pipe, chosen, lambda: generate.make(pipe, first, 0))
+    recipe = generate.settle(pipe, chosen, lambda: generate.make(pipe, first, 0))
     tuning = model_zoo.prompts(options.model, "heldout").read_text().splitlines()
     values = []
     for seed, prompt in enumerate(tuning[: options.num_prompts]):
         plain = generate.make(pipe, call | {"prompt": prompt}, seed)[0]
-        with accel.patched(pipe, *settled) as patch:
+        with accel.patched(pipe, recipe=recipe) as patch:
             fast = generate.make(pipe, call | {"prompt": prompt}, seed)[0]
             share = patch.report().share_computed
         values.append(metrics.psnr(torch.from_numpy(fast) / 255, torch.from_numpy(plain) / 255))

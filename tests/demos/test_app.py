@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+from types import SimpleNamespace
 
 import pytest
 from tiny_pipelines import TINY
@@ -11,6 +12,7 @@ import accel
 from accel import demo_forms, demo_server, demo_view, registry
 from accel.demo_engine import Engine, Outcome, Progress, Wish
 from accel.generate import Job
+from accel.recipe import Recipe, Validity
 
 TINY_CALL = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 16}
 
@@ -29,7 +31,7 @@ def engine() -> Engine:
 
 def wish(model: str, *methods, **changes) -> Wish:
     job = Job(model=model, prompt="a cat", steps=8, extra=TINY_CALL)
-    return Wish(**{"job": job, "methods": methods, **changes})
+    return Wish(**{"job": job, "recipe": Recipe.of(methods), **changes})
 
 
 def last(run) -> Outcome:
@@ -70,6 +72,38 @@ def test_stopping_ends_at_the_next_step_and_leaves_nothing_behind(engine, model)
     assert not [thread for thread in threading.enumerate() if thread is run._thread]
     again = last(engine.start(wish(model, accel.PlainCycle(interval=2)))).fast
     assert (again == wanted).all()
+
+
+def test_a_model_is_warmed_up_once_even_if_the_first_run_was_stopped(model) -> None:
+    engine = Engine()
+    first = engine.start(wish(model, accel.PlainCycle(interval=2)))
+    next(iter(first))  # loading
+    first.stop()
+
+    def stages() -> set[str]:
+        run = engine.start(wish(model, accel.PlainCycle(interval=2), compare=False))
+        return {each.stage for each in run if isinstance(each, Progress)}
+
+    assert "warming up" in stages()
+    assert "warming up" not in stages()
+
+
+def test_a_recipe_that_does_not_hold_gives_way(engine, model) -> None:
+    held = Recipe.of((accel.PlainCycle(interval=4),), valid_for=Validity(steps=(50, 50)))
+    outcome = last(engine.start(wish(model, recipe=held, compare=False)))
+    assert outcome.report.methods == ("EasyCache",)
+
+
+def test_stop_after_the_end_says_that_nothing_runs(engine, model) -> None:
+    pytest.importorskip("gradio")
+    from accel.demo_page import Page
+
+    page, visitor = Page(engine, [model], TINY_CALL), SimpleNamespace(session_hash="one")
+    page.build()
+    recipe = json.dumps({"entries": [{"name": "EasyCache"}]})
+    seen = list(page._generate(model, "a cat", 0, 8, False, recipe, [], visitor))
+    assert "Done" in seen[-1][page.status]
+    assert "Nothing is running" in page._stop(visitor)
 
 
 def test_without_methods_the_result_is_the_untouched_one(engine, model) -> None:
@@ -143,7 +177,10 @@ def test_the_best_known_recipe_is_the_first_preset(model) -> None:
     for name in ("zoo:emoji-video", "zoo:emoji-image", "zoo:emoji-unet"):
         first = next(iter(demo_forms.presets(name).values()))
         file = demo_forms.model_zoo.path(name.removeprefix("zoo:")) / "accel_recipe.json"
-        assert first.entries == accel.Recipe.load(file).entries
+        known = accel.Recipe.load(file)
+        for recipe in [first, *demo_forms.presets(name).values()][: 1 + len(known.front)]:
+            assert recipe.valid_for == known.valid_for, "outside of it an online method runs"
+        assert first.entries == known.entries
     first = next(iter(demo_forms.presets(model).values()))
     assert first.methods == (accel.EasyCache(),)
 
@@ -178,13 +215,17 @@ def test_the_server_checks_what_it_is_asked(engine, model) -> None:
 
     page = Page(engine, [model], TINY_CALL)
     asked = (model, "a cat", 0, 8, True, json.dumps({"entries": []}))
-    assert page._wish(*asked).methods == ()
+    assert page._wish(*asked).recipe == Recipe(entries=())
     for place, value, message in (
         (0, "/etc/passwd", "unknown model"),
         (1, "x" * (MAX_PROMPT + 1), "characters"),
         (1, "  ", "characters"),
         (3, MAX_STEPS + 1, "steps=101"),
+        (2, None, "seed=None: accepted"),
+        (2, 2**70, "accepted are 0 to"),
+        (3, None, "steps=None"),
         (5, "{", "not JSON"),
+        (5, '{"entries": [{"name": "AGD", "settings": {"adapters": "/etc"}}]}', "in the demo"),
     ):
         wrong = [*asked]
         wrong[place] = value
