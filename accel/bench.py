@@ -81,6 +81,9 @@ class Bench:
 
     def __init__(self, plan: Plan, say: Callable[[str], None]) -> None:
         self.plan, self.say = plan, say
+        if plan.methods != "all":
+            for names in plan.methods.split(","):
+                settings_of(names)  # a wrong name is said before anything runs
         self.front = _front(plan.recipe) if plan.recipe else ()
         self.prompts = _prompts(plan)
         job = generate.Job(model=plan.model, prompt=self.prompts[0], steps=plan.steps)
@@ -99,12 +102,15 @@ class Bench:
         row: dict[str, Any] = {"name": candidate.label, "kind": candidate.kind}
         try:
             with candidate.switch():
-                made = [self.make(index)[0] for index in range(len(self.prompts))]
-                share = candidate.share()
+                made, shares = [], []
+                for index in range(len(self.prompts)):
+                    made.append(self.make(index)[0])
+                    shares.append(candidate.share())
         except Exception as error:  # a peer may fail in any way, and the table must say so
             if candidate.kind != "peer":
                 raise
             return row | {"failed": f"{type(error).__name__}: {error}"}
+        share = statistics.median(shares)
         row |= {"share_computed": share, **self._quality(made)}
         if share > 0.999 and candidate.skips:
             return row | {"failed": "nothing was skipped"}

@@ -9,7 +9,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,17 @@ import torch
 
 from accel.calibrate_probe import Probe, key
 from accel.calibrate_record import SKETCH, Record, Recorder
-from accel.fingerprint import denoiser, fingerprint
+from accel.fingerprint import denoiser, described, fingerprint, schedule
 from accel.method import AccelError, Method
-from accel.patching import patched, unpatch
+from accel.patching import patched, untouched
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
 SUFFIX = ".profile.safetensors"
+FORMAT = 2
+"""1 held sketches of latents that did not fit those of predictions with other channels."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,10 @@ class PromptProfile:
 
     `seconds`: totals of the run, of the denoiser's calls and of the chain in them, without what
     recording took. `guidance` is the scale w of u + w·(c − u); `fingerprint` names the weights,
-    `prediction` what the denoiser predicts (see `StepClock`). `probes`: what calls that were made
-    in other ways cost at most and erred in the median; `measured`: variants with what they measured
-    in the run, as JSON (see `accel.calibrate_probe`).
+    `prediction` what the denoiser predicts (see `StepClock`), `made` the call and the scheduler,
+    `schedule` the steps of the whole schedule, of which a run may make a part. `probes`: what
+    calls that were made in other ways cost at most and erred in the median; `measured`: variants
+    with what they measured in the run, as JSON (see `accel.calibrate_probe`).
     """
 
     fingerprint: str
@@ -56,6 +59,8 @@ class PromptProfile:
     values: Mapping[str, Tensor]
     probes: Mapping[str, Probe] = field(default_factory=dict)
     measured: tuple[str, ...] = ()
+    made: str = ""
+    schedule: int = 0
 
     @property
     def steps(self) -> int:
@@ -112,8 +117,10 @@ class PromptProfile:
             for name in self.__dataclass_fields__
             if name not in ("values", "seconds")
         }
-        text = json.dumps({"sketch": SKETCH, **about, "seconds": dict(self.seconds)})
-        part = file.with_name(file.name + ".part")
+        text = json.dumps(
+            {"sketch": SKETCH, "format": FORMAT, **about, "seconds": dict(self.seconds)}
+        )
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
         save_file(dict(self.values), part, metadata={"profile": text})
         part.replace(file)
 
@@ -126,8 +133,8 @@ class PromptProfile:
             with safe_open(file, framework="pt") as content:
                 about = json.loads((content.metadata() or {})["profile"])
                 values = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            if about.pop("sketch") != SKETCH:
-                raise AccelError(f"profile {file}: sketches of another size; record it again")
+            if (about.pop("sketch"), about.pop("format", 1)) != (SKETCH, FORMAT):
+                raise AccelError(f"profile {file}: of another version of accel; record it again")
             for name in ("timesteps", "log_snr", "measured"):
                 about[name] = tuple(about.get(name, ()))
             return cls(**about, values=values)
@@ -146,7 +153,7 @@ class Profile:
             raise AccelError("a profile needs at least one recorded prompt")
         first = self.prompts[0]
         for each in self.prompts[1:]:
-            for name in ("fingerprint", "timesteps", "guidance"):
+            for name in ("fingerprint", "scheduler", "timesteps", "guidance", "latents"):
                 if getattr(each, name) != getattr(first, name):
                     raise AccelError(
                         f"profiles of another {name} cannot be merged: {each.prompt!r} and "
@@ -207,7 +214,8 @@ def profile(
 
     `call`: arguments of the pipeline's call. `seeds`: one a prompt, by default 0, 1, …. With a
     `folder` every prompt is written as it is done, and prompts that lie there are not run again;
-    folders from several machines may be merged by copying or by `Profile.load(a, b)`. `variants`:
+    folders from several machines may be merged by copying or by `Profile.load(a, b)`; files of
+    another model, call or scheduler are refused. `variants`:
     methods such as `Attention(…)` and `Linear(…)` that are tried on a few calls of the first
     prompt, as are smaller sizes; its block-wise attention is recorded if one of them reads it
     (`NABLA`). Those that measure themselves do so during the second. None: nothing is tried.
@@ -215,12 +223,11 @@ def profile(
     step and branch. The pipeline is as before afterwards. Raises `AccelError` for no prompts, or
     files of another model.
     """
-    texts = list(prompts)
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise AccelError("accel.profile: give at least one prompt, none of them empty")
-    numbers = list(seeds) if seeds is not None else list(range(len(texts)))
+    texts = checked_prompts(prompts, call, ["generator"])
+    numbers = [int(each) for each in seeds] if seeds is not None else list(range(len(texts)))
     if len(numbers) != len(texts):
         raise AccelError(f"accel.profile: {len(numbers)} seeds for {len(texts)} prompts")
+    made_by = hashlib.sha256(json.dumps([described(call or {}), schedule(pipe)]).encode())
     known, place = fingerprint(pipe), Path(folder) if folder is not None else None
     if place is not None:
         place.mkdir(parents=True, exist_ok=True)
@@ -231,16 +238,36 @@ def profile(
             each = PromptProfile.load(file)
             if each.fingerprint != known:
                 raise AccelError(f"profile {file}: recorded with another model; use another folder")
+            if each.made != made_by.hexdigest():
+                raise AccelError(
+                    f"profile {file}: recorded with another call or scheduler; use another folder"
+                )
         else:
             tried = [each for each in variants or () if _measures_itself(each) == (number == 1)]
             probed = None if number or variants is None else tuple(tried)
             watching = tuple(tried) if number == 1 else ()
             made = dict(call or {}) | {"prompt": text}
-            each = _record(pipe, made, seed, known, Recorder(Record(), probed), watching, run)
+            recorder = Recorder(Record(), probed)
+            with untouched(pipe):
+                each = _record(pipe, made, seed, known, recorder, watching, run)
+            each = replace(each, made=made_by.hexdigest())
             if file is not None:
                 each.save(file)
         found.append(each)
     return Profile(tuple(found))
+
+
+def checked_prompts(
+    prompts: Sequence[str] | str, call: Mapping[str, Any] | None, ours: Sequence[str]
+) -> list[str]:
+    """The prompts as a list; raises `AccelError` for none and for `ours` among the arguments."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise AccelError("give at least one prompt, none of them empty")
+    given = sorted({*ours} & set(call or {}))
+    if given:
+        raise AccelError(f"call: {', '.join(given)}: set by accel itself and cannot be given")
+    return texts
 
 
 def _measures_itself(method: Method) -> bool:
@@ -261,7 +288,6 @@ def _record(
     run: Callable[[dict[str, Any], int], Any] | None,
 ) -> PromptProfile:
     record = recorder.record
-    unpatch(pipe)
     began = time.perf_counter()
     with patched(pipe, recorder, *watching) as patch:
         if run is not None:
@@ -287,8 +313,8 @@ def _record(
         latents=record.latents,
         scheduler=type(pipe.scheduler).__name__,
         prediction=record.prediction,
-        timesteps=tuple(record.timesteps[-steps:]),
-        log_snr=tuple(record.log_snr[-steps:]),
+        timesteps=tuple(record.timesteps[record.start : record.start + steps]),
+        log_snr=tuple(record.log_snr[record.start : record.start + steps]),
         seconds={**record.seconds, "run": total - record.seconds["recording"]},
         values=values,
         probes={
@@ -296,6 +322,7 @@ def _record(
             for name, seen in record.probes.items()
         },
         measured=tuple(key(each) for each in measured),
+        schedule=len(record.timesteps),
     )
 
 
@@ -312,7 +339,7 @@ def guidance_scale(pipe: Any, call: Mapping[str, Any]) -> float:
 
 def write_json(file: Path, content: Any) -> None:
     """Write JSON in one piece: the file is whole or as before."""
-    part = file.with_name(file.name + ".part")
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     with part.open("w", encoding="utf-8") as out:
         out.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
         out.flush()

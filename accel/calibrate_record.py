@@ -20,7 +20,7 @@ from accel.family import Arguments
 from accel.guidance import is_doubled
 from accel.hooks import override
 from accel.method import AccelError, Handle, Method
-from accel.model_calls import predictions, stacked
+from accel.model_calls import latent_like, predictions, stacked
 from accel.sublayer import Sublayer, sublayers
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ class Record:
     seconds: dict[str, float] = field(default_factory=dict)
     timesteps: list[float] = field(default_factory=list)
     log_snr: list[float] = field(default_factory=list)
+    start: int = 0
+    """Where in the schedule the run began; `timesteps` and `log_snr` are the whole schedule's."""
     calls: int = 0
     latents: int = 0
     """Latent values of one sample."""
@@ -147,6 +149,7 @@ class _Watch:
         latent = stacked(arguments.get(self.denoiser.family.latent))
         if clock.step == 0 and self.step != 0:
             record.timesteps, record.log_snr = list(clock.timesteps), list(clock.log_snr)
+            record.start = clock.start
             record.latents, record.prediction = latent[0].numel(), clock.prediction
             one = self.denoiser.family.predictions == 1  # else no guidance policy is for it
             record.batched = one and is_doubled(self.denoiser, arguments)
@@ -158,11 +161,12 @@ class _Watch:
         self.seen.clear()
         self._learn(run, args, kwargs)
         record.calls += 1
-        self._put("latent", latent)
         began, own = now(latent), self.own
         output = run(None, args, kwargs)
         self._spent("call", now(latent) - began - (self.own - own))
-        self._put("prediction", predictions(output)[0])
+        predicted = predictions(output)[0]
+        self._put("latent", latent_like(latent, predicted.shape))  # as methods subtract it
+        self._put("prediction", predicted)
         places = {int(place * clock.total) for place in PLACES}
         if self.variants is not None and self.calls == 1 and self.step in places:
             self._probe(run, args, kwargs, self.variants)

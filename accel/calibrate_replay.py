@@ -21,7 +21,7 @@ from accel.clock import StepClock
 from accel.denoiser import Denoiser
 from accel.family import Arguments, Family, Stack
 from accel.guard import Guard
-from accel.method import Handle, Method
+from accel.method import AccelError, Handle, Method
 from accel.optimal_steps import solver_strides
 
 if TYPE_CHECKING:
@@ -234,6 +234,11 @@ class _Recorded(torch.nn.Module):
             first = self._of(values, "block.0")
             rest = {branch: self.stack[branch] - first[branch] for branch in self.branches}
             return [_Block(first), _Block(rest)]
+        if any(f"block.{index}/cond" not in values for index in range(record.blocks)):
+            raise AccelError(
+                "fits of single layers need blocks that keep the size of their tokens, which a "
+                "U-Net's do not; let the method measure itself in its first run"
+            )
         blocks = [_Block(self._of(values, f"block.{index}")) for index in range(record.blocks)]
         for name in values:
             if name.startswith("layer.") and name.endswith("/cond"):

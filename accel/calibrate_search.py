@@ -10,12 +10,13 @@ from typing import Any
 
 from accel.calibrate_expect import Expected
 from accel.calibrate_fit import Candidate, candidates, predicted, refine
-from accel.calibrate_profile import Profile
+from accel.calibrate_profile import Profile, checked_prompts
 from accel.calibrate_replay import EARLY
 from accel.calibrate_result import Calibration, written
 from accel.calibrate_target import Target
 from accel.calibrate_trials import Deadline, Trial, Trials
-from accel.method import AccelError
+from accel.method import AccelError, is_number
+from accel.patching import untouched
 
 logger = logging.getLogger(__name__)
 
@@ -59,17 +60,18 @@ def calibrate(
     its folder, and `merge` takes over other folders' runs. Raises `AccelError` for bad arguments or
     another model's folder, `UnreachableError` when nothing reaches the target.
     """
-    texts = list(prompts)
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise AccelError("accel.calibrate: give at least one prompt, none of them empty")
+    texts = checked_prompts(prompts, call, ["generator", "output_type", "return_dict"])
+    if budget is not None and not (is_number(budget) and budget >= 0):
+        raise AccelError(f"budget={budget!r}: a number of minutes ≥ 0 is accepted")
     if shard is not None and not (0 <= shard[0] < shard[1]):
         raise AccelError(f"shard={shard!r}: (i, n) with 0 ≤ i < n is accepted")
     target = Target.of(speedup, psnr, quality)
     place = Path(folder) if folder is not None else None
-    trials = Trials(pipe, texts, call or {}, place, say)
-    for other in merge:
-        trials.merge(Path(other))
-    return _Search(trials, target, Deadline(budget)).run(shard)
+    with untouched(pipe):
+        trials = Trials(pipe, texts, call or {}, place, say)
+        for other in merge:
+            trials.merge(Path(other))
+        return _Search(trials, target, Deadline(budget)).run(shard)
 
 
 class _Search:
@@ -95,6 +97,11 @@ class _Search:
         if len(self.trials.prompts) == 1:
             spread = [self._most_promising(self.all)]
         if shard is not None:
+            if shard[0] >= len(spread):
+                raise AccelError(
+                    f"shard {shard[0] + 1} of {shard[1]}: the first rung has {len(spread)} "
+                    f"candidates, so at most {len(spread)} shards have something to do"
+                )
             spread = spread[shard[0] :: shard[1]]
         for candidate in spread:
             if not self._enough():
@@ -115,7 +122,8 @@ class _Search:
         """The best, on the prompts that took no part."""
         if not self.validation:
             return self._tried()
-        for candidate in self._best(self.all, [self.tuning], LAST, self.aim):
+        several = self._tried() if self._enough() else self.all
+        for candidate in self._best(several, [self.tuning], LAST, self.aim):
             self._run(candidate, [*self.tuning, *self.validation])
         return [each for each in self._tried() if self._is_validated(each)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import time
@@ -16,9 +17,9 @@ import torch
 from accel import calibrate_probe, generate, metrics
 from accel.calibrate_fit import Candidate
 from accel.calibrate_profile import Profile, profile, write_json
-from accel.fingerprint import fingerprint
+from accel.fingerprint import described, fingerprint, schedule
 from accel.method import AccelError
-from accel.patching import patched, stats, unpatch
+from accel.patching import patched, stats
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,42 +69,58 @@ class Trials:
         self.about = {
             "fingerprint": fingerprint(pipe),
             "prompts": self.prompts,
-            "call": json.loads(json.dumps(self.call, default=str)),
+            "call": described(self.call),
+            "scheduler": schedule(pipe),
         }
+        self.merged: dict[str, float] = {}
+        """Generations taken over from other folders."""
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.merge(folder, missing=True)
+            if (folder / _STATE).exists():
+                self.merge(folder)
+            else:  # what the folder is of is known before anything lies in it
+                self.save()
 
-    def merge(self, folder: Path, missing: bool = False) -> None:
-        """Take over the runs of a folder of the same model, prompts and call."""
+    def merge(self, folder: Path) -> None:
+        """Take over the runs of a folder of the same model, prompts, call and scheduler."""
         file = folder / _STATE
-        if missing and not file.exists():
-            return
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            for name, value in self.about.items():
+                if state.get(name) != value:
+                    raise AccelError(
+                        f"calibration {file}: of another {name}; use another folder, or this "
+                        "pipeline with the same prompts, call and scheduler"
+                    )
+            spent = float(state["generations"])
+            if folder == self.folder:
+                self.generations, self.begun = spent, dict(state["begun"])
+                self.merged = dict(state["merged"])
+            else:
+                place = str(folder.resolve())
+                self.generations += max(spent - self.merged.get(place, 0.0), 0.0)
+                self.merged[place] = spent
+            self._take(state["trials"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AccelError(f"calibration {file}: cannot be read ({error})") from error
-        for name, value in self.about.items():
-            if state.get(name) != value:
-                raise AccelError(
-                    f"calibration {file}: of another {name}; use another folder, or this "
-                    "pipeline with the same prompts and call"
-                )
-        self.generations += state["generations"]
-        if missing:
-            self.begun = state.get("begun", {})
-        for key, rows in state["trials"].items():
+
+    def _take(self, trials: Mapping[str, Any]) -> None:
+        """Runs of candidates on prompts that are not known yet."""
+        for key, rows in trials.items():
             known = self.found.setdefault(key, [])
-            fresh = (Trial(**row) for row in rows)
+            fresh = [Trial(**row) for row in rows]
             known += [each for each in fresh if each.prompt not in {one.prompt for one in known}]
 
     def save(self) -> None:
-        """Write what is known, in one piece."""
-        if self.folder is not None:
-            rows = {key: [vars(each) for each in found] for key, found in self.found.items()}
-            counts = {"generations": self.generations, "begun": self.begun}
-            state = {**self.about, **counts, "trials": rows}
-            write_json(self.folder / _STATE, state)
+        """Write what is known, in one piece, with the runs that another process wrote meanwhile."""
+        if self.folder is None:
+            return
+        file = self.folder / _STATE
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            self._take(json.loads(file.read_text(encoding="utf-8"))["trials"])
+        rows = {key: [vars(each) for each in found] for key, found in self.found.items()}
+        counts = {"generations": self.generations, "begun": self.begun, "merged": self.merged}
+        write_json(file, {**self.about, **counts, "trials": rows})
 
     def record(self, count: int) -> Profile:
         """Profile the first `count` prompts.
@@ -137,7 +154,6 @@ class Trials:
     def untouched(self, prompt: int) -> tuple[NDArray[np.uint8], float]:
         """The untouched picture and its seconds."""
         if prompt not in self.references:
-            unpatch(self.pipe)
             self.references[prompt] = self._make(prompt)
             self.generations += 1
         return self.references[prompt]
@@ -149,10 +165,14 @@ class Trials:
             if each.prompt == prompt:
                 return each
         reference, seconds = self.untouched(prompt)
+        call = self.call | {"prompt": self.prompts[prompt]}
         with patched(self.pipe, *candidate.methods):
-            picture, own = self._make(prompt)
+            (array,), own = generate.render(self.pipe, call, [prompt])
             share = stats(self.pipe).share_computed
-        trial = Trial(prompt, psnr(picture, reference), own, seconds, share)
+        decibels = 0.0  # of one that broke
+        if np.isfinite(array).all():
+            decibels = psnr(generate.pixels(array), reference)
+        trial = Trial(prompt, decibels, own, seconds, share)
         self.generations += own / seconds
         known.append(trial)
         self.save()

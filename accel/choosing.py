@@ -43,6 +43,8 @@ def choose(
     if methods:
         return methods, Validity()
     found = known_recipe(pipe) if recipe is None else Recipe.read(recipe)
+    if recipe is not None and found is not None:
+        _warn_of_another_model(pipe, found)
     if speedup is not None or quality is not None:
         return _for_target(found, speedup, quality)
     if found is not None:
@@ -50,6 +52,19 @@ def choose(
     easy: Method = registry.method("easycache")()
     logger.info("no recipe is known for this model; using %s", easy)
     return (easy,), Validity()
+
+
+def _warn_of_another_model(pipe: Any, recipe: Recipe) -> None:
+    """What was measured on one model says nothing of another."""
+    parts = (getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet"))
+    names = [type(getattr(part, "_orig_mod", part)).__name__ for part in parts if part is not None]
+    if recipe.model and names and recipe.model not in names:
+        logger.warning(
+            "the recipe is of a %s, and this pipeline has a %s: its tables and figures do not "
+            "hold here",
+            recipe.model,
+            " and a ".join(names),
+        )
 
 
 def _for_target(recipe: Recipe | None, speedup: float | None, quality: str | None) -> Chosen:

@@ -20,10 +20,11 @@ no calibration says what good stand-ins do."""
 class Guard:
     """Refuses a stand-in that is not finite or far from what its branch computed last.
 
-    Predictions of one branch turn slowly from step to step; one whose difference from the last
-    computed prediction is larger than that prediction has drifted (unrelated predictions of equal
-    size differ by 1.4 times it). A calibration knows the `limit` of its methods. Costs one host
-    transfer for each stand-in. `strict` raises `AccelError` instead of computing the step.
+    Predictions of one branch turn slowly from step to step; where one picture's differs from its
+    last computed prediction by more than that prediction's size, it has drifted (unrelated
+    predictions of equal size differ by 1.4 times it). A calibration knows the `limit` of its
+    methods. Costs one host transfer for each stand-in. `strict` raises `AccelError` instead of
+    computing the step.
     """
 
     def __init__(self, strict: bool = False, limit: float = LIMIT) -> None:
@@ -46,7 +47,8 @@ class Guard:
     def trusts(self, branch: tuple[str, str, int], prediction: Tensor, step: int) -> bool:
         """Whether a stand-in may be used; False means compute the step after all."""
         known = self._known[branch]
-        change = float((prediction - known).float().norm() / (known.float().norm() + 1e-8))
+        apart, size = (_lengths(each) for each in (prediction - known, known))
+        change = float((apart / (size + 1e-8)).max())
         if change <= self.limit:  # False for NaN too
             self.largest = max(self.largest, change)
             return True
@@ -60,3 +62,9 @@ class Guard:
         logger.warning("%s; the step is computed", text)
         self.repaired += 1
         return False
+
+
+def _lengths(predictions: Tensor) -> Tensor:
+    """Norms of a batch's samples, (batch,)."""
+    lengths: Tensor = predictions.float().flatten(1).norm(dim=1)
+    return lengths

@@ -84,6 +84,19 @@ def patched(pipe: Any, *methods: Method, **options: Any) -> Iterator[Patch]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def untouched(pipe: Any) -> Iterator[None]:
+    """Within the block the pipeline is not patched; what was attached comes back after it."""
+    previous = getattr(pipe, "__dict__", {}).get(PATCH)
+    before = previous.methods if previous is not None else ()
+    unpatch(pipe)
+    try:
+        yield
+    finally:
+        if previous is not None:
+            previous.attach(before)
+
+
 def stats(pipe: Any) -> Report:
     """What the last run of a patched pipeline computed and reused."""
     existing = getattr(pipe, "__dict__", {}).get(PATCH)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 import accel
 from accel import recipe_tensors, registry
@@ -70,6 +70,13 @@ class Validity(BaseModel):
     steps: tuple[int, int] | None = None
     latents: tuple[int, int] | None = None
     change: float | None = Field(default=None, gt=0)
+
+    @field_validator("steps", "latents")
+    @classmethod
+    def _ordered(cls, span: tuple[int, int] | None) -> tuple[int, int] | None:
+        if span is not None and span[0] > span[1]:
+            raise ValueError("the least comes first, then the most")
+        return span
 
     def refuses(
         self, scheduler: str | None = None, steps: int | None = None, latents: int | None = None
@@ -146,11 +153,13 @@ class Recipe(BaseModel):
             if file.stat().st_size > _LIMIT:
                 raise AccelError(f"recipe {file}: larger than {_LIMIT} bytes")
             content = json.loads(
-                file.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates
+                file.read_text(encoding="utf-8-sig"),
+                object_pairs_hook=_no_duplicates,
+                parse_constant=_not_finite,
             )
         except OSError as error:
             raise AccelError(f"recipe {file}: cannot be read ({error.strerror})") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise AccelError(f"recipe {file}: not UTF-8 JSON ({error})") from error
         return recipe_tensors.unpack(cls.read(content, str(file)), file)
 
@@ -184,7 +193,7 @@ class Recipe(BaseModel):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             content = recipe_tensors.pack(self, file).model_dump_json(indent=2)
-            part = file.with_name(file.name + ".part")
+            part = file.with_name(f"{file.name}.{os.getpid()}.part")
             with part.open("w", encoding="utf-8") as out:
                 out.write(_one_line_a_row(content) + "\n")
                 out.flush()
@@ -247,6 +256,14 @@ def _build(kind: Any, settings: Mapping[str, Any]) -> Any:
             f"{', '.join(sorted(fields)) or 'none'}"
         )
     values = {name: _value(content) for name, content in settings.items()}
+    for item in dataclasses.fields(kind):
+        forecast = dataclasses.is_dataclass(item.default) and item.name in values
+        if forecast and not hasattr(values[item.name], "start"):
+            known = ", ".join(place.split(":")[1] for place in registry.APPROXIMATORS.values())
+            raise AccelError(
+                f'{kind.__name__}: {item.name} must be {{"name": …}} with one of {known}; got '
+                f"{values[item.name]!r}"
+            )
     try:
         return kind(**values)
     except TypeError as error:
@@ -262,6 +279,10 @@ def _value(content: Any) -> Any:
             return _build(registry.approximator(str(content["name"])), rest)
         return {str(key): _value(item) for key, item in content.items()}
     return content
+
+
+def _not_finite(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -43,6 +43,15 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     return found
 
 
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's leaves; tensors by their content, wherever they lie."""
+    leaves = flat(recipe.model_dump(mode="json", exclude={"tensors"}))
+    return {
+        key: recipe.tensors.get(Path(value).name, value) if isinstance(value, str) else value
+        for key, value in leaves.items()
+    }
+
+
 @app.command("list")
 def list_recipes() -> None:
     """Recipes that come with this package."""
@@ -76,7 +85,7 @@ def validate(files: list[Path]) -> None:
 @app.command()
 def diff(old: Source, new: Source) -> None:
     """Print what differs, a line each; exit code 1 when something does."""
-    before, after = (flat(read(each).model_dump(mode="json")) for each in (old, new))
+    before, after = (_comparable(read(each)) for each in (old, new))
     changed = [key for key in before | after if before.get(key) != after.get(key)]
     for key in changed:
         print(f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}")
@@ -98,6 +107,8 @@ def pull(
     with _hub_errors(repository):
         commit = HfApi().model_info(repository, revision=revision).sha
         file = hf_hub_download(repository, FILE_NAME, revision=commit)
+        for name in _tensors(Path(file)):
+            hf_hub_download(repository, name, revision=commit)
     Recipe.load(file).save(output)
     print(f"{repository}@{commit}: {output}")
 
@@ -110,21 +121,29 @@ def push(
     pull_request: Annotated[bool, typer.Option("--pull-request", help="propose it")] = False,
 ) -> None:
     """Check a recipe and upload it beside a model's weights."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     from accel.recipe import FILE_NAME, Recipe
 
-    Recipe.load(file)
+    parts = {FILE_NAME: file, **{name: file.parent / name for name in Recipe.load(file).tensors}}
     with _hub_errors(repository):
-        done = HfApi().upload_file(
-            path_or_fileobj=file,
-            path_in_repo=FILE_NAME,
-            repo_id=repository,
+        done = HfApi().create_commit(
+            repository,
+            [CommitOperationAdd(name, str(path)) for name, path in parts.items()],
+            commit_message="accel recipe",
             revision=revision,
             create_pr=pull_request,
-            commit_message="accel recipe",
         )
     print(f"{repository}@{done.oid}: {done.commit_url}")
+
+
+def _tensors(file: Path) -> list[str]:
+    """The bare names of the tensors that a recipe's file lists; the rest is checked on loading."""
+    try:
+        names = json.loads(file.read_text(encoding="utf-8-sig")).get("tensors", {})
+        return [name for name in names if name == Path(name).name]
+    except (ValueError, AttributeError, TypeError):
+        return []
 
 
 class _hub_errors:  # noqa: N801 (reads like a statement)

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_pipelines import TINY
 
-from accel import AccelError, PlainCycle, bench, model_zoo, peers
+from accel import AccelError, PlainCycle, bench, generate, model_zoo, peers
 from accel.recipe import Recipe
 
 
@@ -121,9 +121,10 @@ def test_other_libraries_are_peers_where_installed(tiny_zoo, module, end, count,
     assert dict(vars(kind)) == before
 
 
-def test_wrong_plans_are_named(tiny_zoo, tmp_path) -> None:
-    with pytest.raises(AccelError, match="unknown method 'none'"):
-        bench.run(plan(methods="none"), tmp_path / "b.json", command="")
+def test_wrong_plans_are_named(tiny_zoo, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(AccelError, match="unknown method 'none'"):
+        patch.setattr(generate, "load", lambda *_: pytest.fail("said before anything is loaded"))
+        bench.run(plan(methods="plaincycle,none"), tmp_path / "b.json", command="")
     with pytest.raises(AccelError, match="cannot be read"):
         bench.Bench(plan(prompts=tmp_path / "none.txt"), lambda _: None)
     Recipe.of((PlainCycle(),)).save(tmp_path / "recipe.json")

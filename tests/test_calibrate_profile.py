@@ -1,14 +1,23 @@
 """Profiles: recording changes nothing, sketches keep distances, files resume and are checked."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
-from tiny_pipelines import built, run
+from peft import LoraConfig
+from PIL import Image
+from tiny_pipelines import TINY, built, run
 
 import accel
-from accel.calibrate_profile import Profile, fingerprint
+from accel.calibrate_profile import Profile
 from accel.calibrate_record import SKETCH, Sketcher
+from accel.fingerprint import described, fingerprint
+from accel.model_calls import latent_like
 
 STEPS = 8
+SHIFTED = {"shift": 7.0, "flow_shift": 7.0}
+"""Of a scheduler with another schedule, whatever it calls the setting."""
 
 
 def call_of(tiny):
@@ -67,6 +76,91 @@ def test_prompts_that_lie_there_are_not_run_again(tmp_path) -> None:
     assert len(runs) == 3
     for old, new in zip(first.prompts, second.prompts, strict=True):
         torch.testing.assert_close(old.values["stack/cond"], new.values["stack/cond"])
+
+
+def test_what_lies_there_must_be_of_this_call_and_scheduler(tmp_path) -> None:
+    tiny, _ = built("wan21")
+    profiled(tiny, folder=tmp_path)
+    other = {"call": call_of(tiny) | {"num_inference_steps": 4}, "folder": tmp_path}
+    with pytest.raises(accel.AccelError, match="another call or scheduler"):
+        accel.profile(tiny.pipe, ["a cat"], **other)
+    before = tiny.pipe.scheduler
+    try:
+        tiny.pipe.scheduler = type(before).from_config(before.config, **SHIFTED)
+        with pytest.raises(accel.AccelError, match="another call or scheduler"):
+            profiled(tiny, folder=tmp_path)
+    finally:
+        tiny.pipe.scheduler = before
+    wide = accel.profile(
+        tiny.pipe, ["a dog"], call=call_of(tiny) | {"width": 64}, folder=tmp_path / "wide"
+    )
+    with pytest.raises(accel.AccelError, match="another latents cannot be merged"):
+        Profile((*Profile.load(tmp_path).prompts, *wide.prompts))
+
+
+def test_the_whole_residual_is_what_methods_hold() -> None:
+    """PixArt predicts twice the latent's channels: the missing ones count as zero."""
+    tiny, _ = built("pixart")
+    denoiser, held = tiny.pipe.transformer, []
+
+    def keep(_: object, args: tuple, kwargs: dict, output: tuple) -> None:
+        latent = latent_like(args[0] if args else kwargs["hidden_states"], output[0].shape)
+        held.append((output[0] - latent).chunk(2)[1].flatten().double())
+
+    hook = denoiser.register_forward_hook(keep, with_kwargs=True)
+    made = profiled(tiny).prompts[0]
+    hook.remove()
+    wanted = torch.stack(held) @ torch.stack(held).T
+    assert abs(made.gram("whole") - wanted.numpy()).max() < 0.2 * float(wanted.diagonal().max())
+    products = made.products()[1, :, 1, :]
+    assert abs(products.diagonal() / wanted.diagonal().numpy() - 1).max() < 0.25
+
+
+def test_a_part_of_the_schedule_is_recorded_as_it_was_run() -> None:
+    tiny, _ = built("sdxl")
+    part = {"num_inference_steps": 10, "denoising_end": 0.6}
+    made = accel.profile(tiny.pipe, ["a cat"], call=call_of(tiny) | part).prompts[0]
+    schedule = [float(each) for each in tiny.pipe.scheduler.timesteps]
+    assert list(made.timesteps) == schedule[: made.steps]
+    assert made.steps < made.schedule == len(schedule)
+
+
+def test_prompts_may_be_one_text_and_a_patch_comes_back() -> None:
+    tiny, _ = built("wan21")
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=2)) as handle:
+        made = accel.profile(tiny.pipe, "a cat", call=call_of(tiny), seeds=np.arange(1))
+        assert [each.prompt for each in made.prompts] == ["a cat"]
+        assert vars(tiny.pipe)["_accel_patch"] is handle
+        run(tiny)
+        assert accel.stats(tiny.pipe).hit_rate == 0.5
+    with pytest.raises(accel.AccelError, match="generator: set by accel itself"):
+        accel.profile(tiny.pipe, ["a cat"], call={"generator": None})
+
+
+def test_values_of_a_call_are_known_by_content() -> None:
+    picture = Image.new("RGB", (4, 4), "red")
+    same = {"image": picture, "at": torch.ones(3), "to": np.ones(3), "on": print, "n": [1, None]}
+    again = {**same, "image": picture.copy(), "at": torch.ones(3), "to": np.ones(3)}
+    assert described(same) == described(again) == json.loads(json.dumps(described(same)))
+    for other in (
+        {"image": Image.new("RGB", (4, 4), "blue")},
+        {"at": torch.zeros(3)},
+        {"on": len},
+        {"n": [1]},
+    ):
+        assert described(same | other) != described(same)
+
+
+def test_a_lora_counts_by_how_much_of_it_acts() -> None:
+    pipe = TINY["sd15"]().pipe
+    plain = fingerprint(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="one")
+    marks = {plain, fingerprint(pipe)}
+    pipe.unet.set_adapters(["one"], [0.5])
+    marks.add(fingerprint(pipe))
+    pipe.unet.disable_adapters()
+    marks.add(fingerprint(pipe))
+    assert len(marks) == 4
 
 
 def test_folders_merge(tmp_path) -> None:

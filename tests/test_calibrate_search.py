@@ -6,15 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_calibrate_profile import call_of
-from tiny_pipelines import built
+from diffusers import StableDiffusionImg2ImgPipeline
+from PIL import Image
+from test_calibrate_profile import SHIFTED, call_of
+from tiny_pipelines import TINY, built
 from typer.testing import CliRunner
 
 import accel
-from accel import calibrate_fit, cli
-from accel.calibrate_result import UnreachableError
+from accel import calibrate_fit, cli, generate
+from accel.calibrate_result import Calibration, UnreachableError
 from accel.calibrate_target import Target
-from accel.recipe import Recipe
+from accel.calibrate_trials import Trial, Trials
+from accel.recipe import Choice, Recipe
 
 pytestmark = pytest.mark.usefixtures("_few_candidates")
 PROMPTS = ["a cat", "a dog", "a cow", "a fox"]
@@ -112,6 +115,101 @@ def test_shards_cover_the_first_rung_and_merge(tmp_path) -> None:
     assert one | two <= set(json.loads((tmp_path / "all" / "trials.json").read_text())["trials"])
 
 
+def test_a_shard_without_work_is_refused(tmp_path) -> None:
+    for prompts, shard in ((TWO, (7, 8)), (["a cat"], (1, 2))):
+        with pytest.raises(accel.AccelError, match=r"at most \d shards have something to do"):
+            calibrated(tmp_path / str(len(prompts)), prompts, psnr=1, shard=shard)
+
+
+def test_merging_again_adds_no_cost(tmp_path) -> None:
+    calibrated(tmp_path / "0", TWO, psnr=1, shard=(0, 2))
+    costs = [
+        calibrated(tmp_path / "all", TWO, psnr=1, merge=[tmp_path / "0"]).generations
+        for _ in range(2)
+    ]
+    assert costs[0] == pytest.approx(costs[1])
+
+
+def test_a_folder_is_of_one_scheduler(tmp_path) -> None:
+    tiny, _ = built("wan21")
+    calibrated(tmp_path, ["a cat"])
+    before = tiny.pipe.scheduler
+    try:
+        tiny.pipe.scheduler = type(before).from_config(before.config, **SHIFTED)
+        with pytest.raises(accel.AccelError, match="of another scheduler"):
+            calibrated(tmp_path, ["a cat"])
+    finally:
+        tiny.pipe.scheduler = before
+
+
+def test_two_processes_in_a_folder_lose_nothing(tmp_path) -> None:
+    tiny, _ = built("wan21")
+    several = [Trials(tiny.pipe, TWO, call_of(tiny), tmp_path, lambda _: None) for _ in range(2)]
+    for number, trials in enumerate(several):
+        trials.found[f"candidate {number}"] = [Trial(0, 30.0, 1.0, 2.0, 0.5)]
+        trials.save()
+    found = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    assert set(found) == {"candidate 0", "candidate 1"}
+    assert [file.name for file in tmp_path.iterdir()] == ["trials.json"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"generations": 1}', "\x80", "nonsense"])
+def test_a_damaged_folder_is_named(text, tmp_path) -> None:
+    (tmp_path / "trials.json").write_text(text, encoding="latin-1")
+    with pytest.raises(accel.AccelError, match=r"trials\.json: (cannot be read|of another)"):
+        calibrated(tmp_path)
+
+
+def test_a_candidate_that_breaks_counts_as_nothing(tmp_path, monkeypatch) -> None:
+    render, broken = generate.render, []
+
+    def sometimes(pipe, call, seeds):
+        arrays, seconds = render(pipe, call, seeds)
+        patch = vars(pipe).get("_accel_patch")
+        if patch is not None and "Recorder" not in patch.report().methods and not broken:
+            broken.append(True)
+            arrays = [each * float("nan") for each in arrays]
+        return arrays, seconds
+
+    monkeypatch.setattr(generate, "render", sometimes)
+    calibrated(tmp_path)
+    rows = json.loads((tmp_path / "trials.json").read_text())["trials"]
+    assert broken and min(each["psnr"] for row in rows.values() for each in row) == 0.0
+
+
+def test_no_time_means_no_new_candidate(tmp_path) -> None:
+    calibrated(tmp_path, budget=1e-9, psnr=1)
+    assert len(json.loads((tmp_path / "trials.json").read_text())["trials"]) == 1
+
+
+def test_a_recipe_holds_for_the_run_it_was_calibrated_with(caplog) -> None:
+    """Of image-to-image, which makes a part of its schedule."""
+    tiny = TINY["sd15"]()
+    pipe = StableDiffusionImg2ImgPipeline(**tiny.pipe.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (16, 16), "red")
+    call = {"image": picture, "strength": 0.75, "num_inference_steps": 8}
+    recipe = accel.calibrate(pipe, ["a cat"], psnr=1, call=call).recipe
+    assert recipe.valid_for.steps == (8, 8)
+    with accel.patched(pipe, recipe=recipe) as handle:
+        pipe("a cat", **call, output_type="latent")
+        assert handle.report().methods == tuple(each.name for each in recipe.entries)
+    assert "recipe is not used" not in caplog.text
+
+
+@pytest.mark.parametrize(("psnrs", "reached"), [([20.0, 30.1, 45.0], False), ([50.0] * 3, True)])
+def test_nine_of_ten_are_asked_of_the_result_too(psnrs, reached) -> None:
+    choice = Choice(entries=(), speedup=2.0, psnr=statistics.median(psnrs))
+    recipe = Recipe(entries=(), front=(choice,), measured=({"psnr_each": psnrs},))
+    found = Calibration(recipe, 1.0)
+    found.check(Target.of(None, None, "balanced"))
+    if reached:
+        found.check(Target.of(None, 30, None))
+        return
+    with pytest.raises(UnreachableError, match="nine prompts in ten can be expected to keep"):
+        found.check(Target.of(None, 30, None))
+
+
 def test_what_cannot_be_reached_is_said_with_the_best() -> None:
     with pytest.raises(UnreachableError, match="the fastest is") as caught:
         calibrated(prompts=["a cat"], speedup=1000)
@@ -126,6 +224,9 @@ def test_bad_arguments(tmp_path) -> None:
         ({"psnr": -3}, "above 0"),
         ({"quality": "best"}, "accepted: lossless"),
         ({"shard": (2, 2)}, "shard"),
+        ({"budget": -1}, "minutes ≥ 0"),
+        ({"budget": "5"}, "minutes ≥ 0"),
+        ({"call": {"output_type": "pt"}}, "output_type: set by accel itself"),
     ):
         with pytest.raises(accel.AccelError, match=message):
             accel.calibrate(tiny.pipe, ["a cat"], **options)

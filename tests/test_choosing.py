@@ -89,6 +89,18 @@ def test_outside_of_its_steps_an_online_method_runs(caplog) -> None:
     assert torch.equal(run(tiny), baseline)
 
 
+def test_a_recipe_of_another_model_is_said(caplog) -> None:
+    tiny, _ = built("wan21")
+    recipe = accel.Recipe.of((accel.PlainCycle(interval=2),), model="UNet2DConditionModel")
+    with accel.patched(tiny.pipe, recipe=recipe):
+        assert "is of a UNet2DConditionModel" in caplog.text
+    caplog.clear()
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=2)) as handle:
+        recipe = handle.recipe()
+    with accel.patched(tiny.pipe, recipe=recipe):
+        assert "the recipe is of" not in caplog.text
+
+
 def test_outside_of_its_size_an_online_method_runs() -> None:
     tiny, baseline = built("flux")
     recipe = {**RECIPE, "valid_for": {"latents": [1, 2]}}

@@ -12,6 +12,7 @@ from tiny_pipelines import STEPS, built, run
 
 import accel
 from accel.calibrate_replay import Replay
+from accel.guard import Guard
 from accel.recipe import Validity
 
 FAMILIES = ["wan21", "flux", "sd15"]
@@ -46,6 +47,19 @@ def test_broken_stand_ins_are_computed_instead(family, factor, caplog) -> None:
         assert report.share_computed == 1.0
         assert report.repaired == sum(row.branch is not None for row in report.rows) // 2
     assert "the step is computed" in caplog.text
+
+
+def test_one_broken_picture_of_a_batch_is_seen() -> None:
+    guard, known = Guard(), torch.ones(8, 4, 2, 2)
+    spoilt = known.clone()
+    spoilt[5] = -1.0
+    branch = ("unet", "cond", 0)
+    guard.computed(branch, known)
+    assert guard.trusts(branch, known * 1.5, 1)
+    assert not guard.trusts(branch, spoilt, 1)
+    spoilt[5] = float("nan")
+    assert not guard.trusts(branch, spoilt, 1)
+    assert guard.repaired == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

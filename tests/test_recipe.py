@@ -56,7 +56,7 @@ def test_its_folder_is_made_or_the_error_names_the_file(tmp_path) -> None:
         ({"entries": [{"name": "EasyCache", "settings": {"treshold": 1}}]}, "no setting treshold"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": -1}}]}, "number ≥ 0"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": "1"}}]}, "number ≥ 0"),
-        ('{"entries": [{"name": "EasyCache", "settings": {"threshold": NaN}}]}', "threshold"),
+        ('{"entries": [{"name": "EasyCache", "settings": {"threshold": NaN}}]}', "NaN is no number"),
         (
             {"entries": [{"name": "EasyCache", "settings": {"reuse": {"name": "Magic"}}}]},
             "unknown approximator 'Magic'",
@@ -146,6 +146,27 @@ def test_tensors_travel_with_a_recipe(tmp_path) -> None:
         (tmp_path / "bad.json").write_text(json.dumps(content))
         with pytest.raises(accel.AccelError, match="none of its tensors"):
             Recipe.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"entries": [], "measured": [{"psnr": NaN}]}', "NaN is no number"),
+        ('{"entries": [], "measured": [{"psnr": -Infinity}]}', "-Infinity is no number"),
+        ('{"entries": [], "valid_for": {"steps": [50, 10]}}', "least comes first"),
+        ('{"entries": [{"name": "PlainCycle", "settings": {"reuse": "Taylor"}}]}', "reuse must be"),
+        (
+            '{"entries": [{"name": "PlainCycle", "settings": {"reuse": {"order": 1}}}]}',
+            "reuse must",
+        ),
+        ('{"entries": [{"name": "PlainCycle", "settings": {"reuse": null}}]}', "reuse must be"),
+        ('{"entries": [], "x": ' + "1" * 5000 + "}", "r.json"),
+    ],
+)
+def test_what_would_break_later_is_refused_at_once(content, message, tmp_path) -> None:
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(accel.AccelError, match=message):
+        Recipe.load(tmp_path / "r.json")
 
 
 def test_a_recipe_file_names_no_folder(tmp_path) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import accel
@@ -73,18 +76,47 @@ def test_pull_pins_the_commit(file, tmp_path, monkeypatch) -> None:
 def test_push_uploads_a_checked_file(file, tmp_path, monkeypatch) -> None:
     sent = []
 
-    def upload(self, **kwargs):
-        sent.append(kwargs)
+    def upload(self, repository, operations, **kwargs):
+        sent.append(kwargs | {"parts": {each.path_in_repo for each in operations}})
         return SimpleNamespace(oid="abc123", commit_url="https://hub/c")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", upload)
     assert "abc123" in call("push", file, "owner/name", "--pull-request").stdout
-    assert sent[0]["path_in_repo"] == FILE_NAME
+    assert sent[0]["parts"] == {FILE_NAME}
     assert sent[0]["create_pr"] is True
     wrong = tmp_path / "wrong.json"
     wrong.write_text("{}")
     assert isinstance(call("push", wrong, "owner/name").exception, accel.AccelError)
     assert len(sent) == 1
+
+
+def test_tensors_travel_through_the_hub(tmp_path, monkeypatch) -> None:
+    weights = tmp_path / "fitted.safetensors"
+    save_file({"x": torch.ones(2)}, weights)
+    method = accel.BlockCaching(threshold=2.0, adjustment=str(weights))
+    mine, hub = tmp_path / "mine" / "recipe.json", tmp_path / "hub"
+    accel.Recipe.of((method,)).save(mine)
+    hub.mkdir()
+
+    def commit(self, repository, operations, **kwargs):
+        for each in operations:
+            shutil.copy(each.path_or_fileobj, hub / each.path_in_repo)
+        return SimpleNamespace(oid="abc", commit_url="https://hub/c")
+
+    def download(repository, name, revision):
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        return shutil.copy(hub / name, tmp_path / "cache" / name)
+
+    info = lambda self, repository, revision: SimpleNamespace(sha="abc")  # noqa: E731
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert call("push", mine, "owner/name").exit_code == 0
+    pulled = tmp_path / "pulled" / "other.json"
+    assert call("pull", "owner/name", "-o", pulled).exit_code == 0
+    (found,) = accel.Recipe.load(pulled).methods
+    assert load_file(found.adjustment)["x"].tolist() == [1, 1]
+    assert call("diff", mine, pulled).exit_code == 0, "equal wherever the tensors lie"
 
 
 def test_a_hub_that_cannot_be_reached_is_one_message(tmp_path, monkeypatch) -> None:
