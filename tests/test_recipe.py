@@ -56,7 +56,7 @@ def test_its_folder_is_made_or_the_error_names_the_file(tmp_path) -> None:
         ({"entries": [{"name": "EasyCache", "settings": {"treshold": 1}}]}, "no setting treshold"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": -1}}]}, "number ≥ 0"),
         ({"entries": [{"name": "EasyCache", "settings": {"threshold": "1"}}]}, "number ≥ 0"),
-        ('{"entries": [{"name": "EasyCache", "settings": {"threshold": NaN}}]}', "NaN is no number"),
+        ('{"entries": [{"name": "EasyCache", "settings": {"threshold": NaN}}]}', "NaN is no"),
         (
             {"entries": [{"name": "EasyCache", "settings": {"reuse": {"name": "Magic"}}}]},
             "unknown approximator 'Magic'",
