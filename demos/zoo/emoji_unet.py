@@ -106,9 +106,12 @@ def denoising_loss(
     return (errors * weight.to(device)).mean()
 
 
-def training(minutes: float, device: str, batch_size: int, bf16: bool) -> None:
+def training(start: Path | None, minutes: float, device: str, batch_size: int, bf16: bool) -> None:
     """Train on the fixed pictures with 10 % of the captions dropped; `bf16`: see `amx.quick`."""
-    model = Model().to(device)
+    model = Model()
+    if start is not None:
+        train.start_from(model, start, "emoji-unet", images.name(LATENT))
+    model.to(device)
     known = images.latents(SIZE, LATENT, device)
     pictures = known["latents"] + known["mean"] / known["std"]
     ids, empty = clip_ids(known["captions"]), clip_ids([""])
@@ -166,13 +169,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=["train", "export"])
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--start", type=Path, help="an exported emoji-unet of 12 channels")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", default=torch.cuda.is_available())
     parser.add_argument("--output", type=Path, default=Path("zoo/emoji-unet"))
     options = parser.parse_args()
     if options.part == "train":
-        training(options.minutes, options.device, options.batch_size, options.bf16)
+        training(options.start, options.minutes, options.device, options.batch_size, options.bf16)
     else:
         from demos.zoo.export import export
 
