@@ -33,8 +33,9 @@ class StepRow:
 class Report:
     """The last run of a patched pipeline.
 
-    `memory_bytes` is the most that all caches held at once; `repaired` counts stand-ins that the
-    guard refused.
+    `memory_bytes` is the most that the feature caches of all sites held at once (not the one or two
+    predictions of a guidance policy, nor `TextCache`); `repaired` counts stand-ins that the guard
+    refused.
     """
 
     methods: tuple[str, ...]
