@@ -122,9 +122,17 @@ class StreamBatch:
         return self._advance()
 
     @torch.no_grad()
-    def drain(self) -> Tensor | None:
-        """Frames in flight, if any, move on without a new one; the one that leaves, or None."""
+    def advance(self) -> Tensor | None:
+        """Frames in flight, if any, move on by one level; the one that leaves, or None."""
         return self._advance() if self.latents else None
+
+    def drain(self) -> Tensor | None:
+        """Frames in flight move on without a new one until one leaves; None when none is left."""
+        while self.latents:
+            left = self.advance()
+            if left is not None:
+                return left
+        return None
 
     def _advance(self) -> Tensor | None:
         """One call of the network: every frame moves down one level, and the cleanest leaves."""

@@ -111,14 +111,14 @@ class StreamPipeline:
             self._frames.append((self._entered, left_out))
             self._entered += 1
             return self._leaving(
-                self.batch.drain() if left_out else self.batch.push(self._encode(pixels))
+                self.batch.advance() if left_out else self.batch.push(self._encode(pixels))
             )
 
     def drain(self) -> Iterator[Drawn]:
         """The pictures still in flight, without new frames."""
         while self._frames:
             with self._lock:
-                drawn = self._leaving(self.batch.drain())
+                drawn = self._leaving(self.batch.advance())
             if drawn is not None:
                 yield drawn
 
