@@ -40,7 +40,10 @@ def save_image(path: Path, picture: Frames, metadata: dict[str, Any]) -> Path:
 
 
 def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -> Path:
-    """MP4, GIF or animated PNG by the suffix: (frames, height, width, 3); PNG without PyAV."""
+    """MP4, GIF or animated PNG by the suffix: (frames, height, width, 3).
+
+    Animated PNG too where MP4 cannot be: without PyAV, and at odd sizes.
+    """
     if path.suffix != ".mp4":
         return _save_animation(path, frames, fps, metadata)
     try:
@@ -52,9 +55,8 @@ def save_video(path: Path, frames: Frames, fps: int, metadata: dict[str, Any]) -
         return _save_animation(path.with_suffix(".png"), frames, fps, metadata)
     height, width = frames.shape[1:3]
     if height % 2 or width % 2:
-        raise AccelError(
-            f"a video of {width}×{height} pixels: MP4 needs even sizes; gif and png take this too"
-        )
+        logger.warning("MP4 needs even sizes: writing %d×%d as an animated PNG", width, height)
+        return _save_animation(path.with_suffix(".png"), frames, fps, metadata)
     return _atomically(path, lambda part: _encode(part, frames, fps, metadata))
 
 

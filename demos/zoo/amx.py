@@ -16,8 +16,8 @@ from torch.nn import functional
 def quick(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Compile the blocks; on a CPU, autocast runs attend by `attention` while inside.
 
-    Other CPUs emulate bfloat16, hundreds of times slower. Compiling pays on those with AMX: with
-    AVX512 alone it makes a U-Net's step slower (2.3 s where 1.3 s are needed).
+    Other CPUs emulate bfloat16, hundreds of times slower. Compiling pays on those with AMX; with
+    AVX512 alone it makes a U-Net's step slower.
     """
     for block in blocks:
         block.compile(dynamic=True)
