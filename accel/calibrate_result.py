@@ -92,6 +92,7 @@ def written(
         scheduler=first.scheduler,
         steps=(first.schedule,) * 2,
         latents=(first.latents,) * 2,
+        levels=tuple(round(level, 4) for level in first.log_snr),
         change=_change(profile, chosen),
     )
     return Recipe(

@@ -34,6 +34,8 @@ def override(instance: Any, overrides: Mapping[str, Override]) -> Callable[[], N
     if _STATE in instance.__dict__:
         raise AccelError(f"this {type(instance).__name__} is patched already; accel.unpatch first")
     base = type(instance)
+    # `type(patched.scheduler).from_config(...)` makes an instance of our own subclass
+    base = next((plain for (plain, _), ours in _subclasses.items() if ours is base), base)
     names = tuple(sorted(name for name in overrides if hasattr(base, name)))
     subclass = _subclass(base, names)
     instance.__dict__[_STATE] = dict(overrides)

@@ -261,10 +261,12 @@ class Patch:
         return original(*args, **kwargs)
 
     def _first_call(self, latents: int, timestep: Any) -> None:
-        if self._clock.staging is None:  # stages have begun already
-            self._stay_valid(latents=latents)
         total = call_length(self._pipe, self._clock.schedule)
-        self._clock.shorten(total, first_place(self._scheduler, total, timestep))
+        start = first_place(self._scheduler, total, timestep)
+        if self._clock.staging is None:  # stages have begun already
+            made = self._clock.log_snr[start : start + total]
+            self._stay_valid(latents=latents, levels=made)
+        self._clock.shorten(total, start)
         said = getattr(self._pipe, "do_classifier_free_guidance", None)
         scale = self._clock.call.get("guidance_scale")
         if isinstance(scale, int | float):  # some say nothing (PixArt), or always no (Panorama)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from accel.method import AccelError, Method
 FILE_NAME = "accel_recipe.json"
 PUBLISHED = "published:"
 _LIMIT = 1_000_000
+_SAME_LEVEL = 0.1
 
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
@@ -60,8 +61,10 @@ class Validity(BaseModel):
     """Where a recipe holds; what is left at its default is not checked.
 
     `scheduler` is a class name, `steps` the least and most sampling steps, `latents` the least and
-    most latent values of one sample (all channels and frames). `change` is the guard's limit: half
-    as much again as stand-ins were calibrated to differ from what their branch computed last.
+    most latent values of one sample (all channels and frames). `levels` are
+    the noise levels of the steps that a run makes, log(signal/noise): what spacing, shift and
+    given sigmas come to. `change` is the guard's limit: half as much again as stand-ins were
+    calibrated to differ from what their branch computed last.
     """
 
     model_config = _STRICT
@@ -69,6 +72,7 @@ class Validity(BaseModel):
     scheduler: str = ""
     steps: tuple[int, int] | None = None
     latents: tuple[int, int] | None = None
+    levels: tuple[float, ...] = ()
     change: float | None = Field(default=None, gt=0)
 
     @field_validator("steps", "latents")
@@ -79,7 +83,11 @@ class Validity(BaseModel):
         return span
 
     def refuses(
-        self, scheduler: str | None = None, steps: int | None = None, latents: int | None = None
+        self,
+        scheduler: str | None = None,
+        steps: int | None = None,
+        latents: int | None = None,
+        levels: Sequence[float] = (),
     ) -> str | None:
         """Why a run with what is known of it lies outside, or None."""
         if self.scheduler and scheduler is not None and scheduler != self.scheduler:
@@ -87,6 +95,12 @@ class Validity(BaseModel):
         for name, span, value in (("steps", self.steps, steps), ("latents", self.latents, latents)):
             if span is not None and value is not None and not span[0] <= value <= span[1]:
                 return f"it holds for {span[0]} to {span[1]} {name}, and this run has {value}"
+        for step, (own, here) in enumerate(zip(self.levels, levels, strict=False)):
+            if abs(own - here) > _SAME_LEVEL:
+                return (
+                    f"it was calibrated at other noise levels: log(signal/noise) {own:.2f} at step "
+                    f"{step}, and this run has {here:.2f}"
+                )
         return None
 
 

@@ -52,7 +52,7 @@ def test_a_recipe_with_its_evidence(tmp_path) -> None:
     recipe = Recipe.load(tmp_path / "recipe.json")
     row = recipe.measured[0]
     assert row["validated"] and row["prompts"] == 2 and len(row["psnr_each"]) == 2
-    assert recipe.valid_for.steps == (8, 8)
+    assert recipe.valid_for.steps == (8, 8) and len(recipe.valid_for.levels) == 8
     speeds = [choice.speedup for choice in found.front]
     qualities = [choice.psnr for choice in found.front]
     assert speeds == sorted(speeds, reverse=True) and qualities == sorted(qualities)

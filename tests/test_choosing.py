@@ -9,6 +9,7 @@ import torch
 from tiny_pipelines import STEPS, built, run
 
 import accel
+from accel.geometry import log_signal_to_noise
 from accel.recipe import Recipe, Validity
 
 FRONT = [
@@ -112,6 +113,25 @@ def test_outside_of_its_size_an_online_method_runs() -> None:
     with accel.patched(tiny.pipe, recipe=recipe):
         assert torch.equal(run(tiny), expected)
     assert torch.equal(run(tiny), baseline)
+
+
+def test_at_other_noise_levels_an_online_method_runs(caplog) -> None:
+    """The same scheduler class and steps, but another shift."""
+    tiny, _ = built("wan21")
+    run(tiny)
+    levels = log_signal_to_noise(tiny.pipe.scheduler)
+    recipe = {**RECIPE, "valid_for": {"steps": [STEPS, STEPS], "levels": levels}}
+    with accel.patched(tiny.pipe, recipe=recipe) as handle:
+        first = run(tiny)
+        assert handle.report().methods == ("PlainCycle",)
+        own = tiny.pipe.scheduler
+        tiny.pipe.scheduler = type(own).from_config(own.config, shift=7.0)
+        run(tiny)
+        assert handle.report().methods == ("EasyCache",)
+        assert "other noise levels" in caplog.text
+        tiny.pipe.scheduler = own
+        assert torch.equal(run(tiny), first)
+        assert handle.report().methods == ("PlainCycle",)
 
 
 def test_a_run_that_saved_nothing_says_so(caplog) -> None:

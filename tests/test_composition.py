@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_pipelines import TINY, Tiny, built, run
+from tiny_pipelines import STEPS, TINY, Tiny, built, run
 
 import accel
 
@@ -249,6 +249,21 @@ def test_swapped_scheduler_is_followed_and_given_back() -> None:
     assert type(old) is diffusers.DDIMScheduler
     accel.unpatch(tiny.pipe)
     assert type(tiny.pipe.scheduler) is diffusers.EulerDiscreteScheduler
+
+
+def test_a_scheduler_made_from_the_held_ones_class_counts_each_step_once() -> None:
+    """`type(pipe.scheduler).from_config(...)` of a patched pipeline is an instance of our class."""
+    tiny = fresh("sd15")
+    plain = type(tiny.pipe.scheduler)
+    accel.patch(tiny.pipe, CYCLE)
+    run(tiny)
+    held = tiny.pipe.scheduler
+    tiny.pipe.scheduler = type(held).from_config(held.config)
+    run(tiny)
+    assert accel.stats(tiny.pipe).hit_rate == 0.5
+    assert len(accel.stats(tiny.pipe).verdicts["unet/batched"]) == STEPS
+    accel.unpatch(tiny.pipe)
+    assert type(tiny.pipe.scheduler) is plain
 
 
 def test_second_order_schedulers_count_their_own_steps() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Generator, Tensor, nn
 from torch.nn.utils import parametrize
 
 from accel import model_zoo
-from demos.zoo import train
+from demos.zoo import amx, train
 from demos.zoo.few_steps import Teacher, judged
 
 RANK, BATCH, GROUP, GROUPS = 12, 16, 32, 48
@@ -95,19 +96,24 @@ def pairs(teacher: Teacher) -> dict[str, Tensor]:
 
 
 def consistency(
-    teacher: Teacher, student: nn.Module, known: dict[str, Tensor], generator: Generator
+    teacher: Teacher,
+    student: nn.Module,
+    known: dict[str, Tensor],
+    bf16: bool,
+    generator: Generator,
 ) -> Tensor:
     """Pseudo-Huber distance between the student's answer and the end of the trajectory."""
     rows = torch.randint(len(known["ends"]), (BATCH,), generator=generator)
     noisy, timesteps = known["latents"][rows], known["timesteps"][rows]
-    noise = student(noisy, timesteps, teacher.states[known["captions"][rows]]).sample
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        noise = student(noisy, timesteps, teacher.states[known["captions"][rows]]).sample.float()
     skip, out = boundary(timesteps)
     answer = skip * noisy + out * teacher.clean(noisy, noise, timesteps)
     error = (answer - known["ends"][rows]).square().mean((1, 2, 3))
     return ((error + 1e-3).sqrt() - 1e-3**0.5).mean()
 
 
-def train_lora(minutes: float) -> None:
+def train_lora(minutes: float, bf16: bool) -> None:
     """Fit low-rank updates, the rest frozen."""
     teacher = Teacher()
     known = pairs(teacher)
@@ -116,7 +122,7 @@ def train_lora(minutes: float) -> None:
     averaged = train.fit(
         "emoji-unet-lcm",
         student,
-        lambda generator: consistency(teacher, student, known, generator),
+        partial(consistency, teacher, student, known, bf16),
         minutes=minutes,
         lr=2e-3,
         ema=0.98,
@@ -171,13 +177,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["train", "score"])
     parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--bf16", action="store_true", help="see amx.py")
     parser.add_argument("--part", default="final", choices=["heldout", "final"])
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each caption")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "train":
-        train_lora(options.minutes)
+        with amx.quick([]):
+            train_lora(options.minutes, options.bf16)
         return
     result = {"part": options.part, "seeds": options.seeds} | score(options.part, options.seeds)
     if options.json:

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from accel import metrics, model_zoo
-from demos.zoo import data, emoji_unet, train
+from demos.zoo import amx, data, emoji_unet, train
 
 RANK = 8
 FOLDER = Path("zoo/emoji-unet/loras")
@@ -75,7 +75,7 @@ def examples(concept: str, generator: Generator) -> tuple[Tensor, list[str]]:
     return CONCEPTS[concept](image), captions
 
 
-def train_lora(concept: str, minutes: float, device: str) -> None:
+def train_lora(concept: str, minutes: float, device: str, bf16: bool) -> None:
     """Fit low-rank updates of the U-Net's attention to a concept, the rest frozen."""
     model, _, _ = model_zoo.load("emoji-unet")
     for part in (model.unet, model.vae, model.text_encoder):
@@ -93,7 +93,7 @@ def train_lora(concept: str, minutes: float, device: str) -> None:
 
     def loss(generator: Generator) -> Tensor:
         rows = torch.randint(len(clean), (32,), generator=generator)
-        return emoji_unet.denoising_loss(model, clean[rows], ids[rows], generator, device)
+        return emoji_unet.denoising_loss(model, clean[rows], ids[rows], generator, device, bf16)
 
     averaged = train.fit(
         f"emoji-unet-{concept}", model.unet, loss, minutes=minutes, lr=2e-3, ema=0.98
@@ -179,11 +179,13 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=16)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bf16", action="store_true", help="see amx.py")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.part == "train":
-        for concept in options.concepts:
-            train_lora(concept, options.minutes, options.device)
+        with amx.quick([]):
+            for concept in options.concepts:
+                train_lora(concept, options.minutes, options.device, options.bf16)
         return
     result = score(options.num_prompts, options.steps)
     print(json.dumps(result, indent=1))

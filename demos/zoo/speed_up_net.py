@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch.nn import functional
 import accel
 from accel import model_zoo
 from accel.samplers import speed_up_net
-from demos.zoo import train
+from demos.zoo import amx, train
 from demos.zoo.few_steps import Teacher, judged
 
 BATCH, GROUP, GROUPS = 16, 32, 40
@@ -99,7 +100,7 @@ def segments(teacher: Teacher, student: Student) -> dict[str, Tensor]:
         _, negatives = teacher.batch(GROUP, generator)
         if group % 3:
             negatives = torch.full((GROUP,), len(teacher.states) - 1)
-        start = torch.randn(GROUP, 8, 16, 16, generator=generator)
+        start = torch.randn(GROUP, *teacher.latents.shape[1:], generator=generator)
         texts = teacher.states[prompts], teacher.states[negatives]
         for first in range(0, SEGMENTS * SUBSTEPS, SUBSTEPS):
             part = path[first : first + SUBSTEPS + 1]
@@ -121,20 +122,21 @@ def segments(teacher: Teacher, student: Student) -> dict[str, Tensor]:
 
 
 def distillation(
-    teacher: Teacher, student: Student, known: dict[str, Tensor], generator: Generator
+    teacher: Teacher, student: Student, known: dict[str, Tensor], bf16: bool, generator: Generator
 ) -> Tensor:
     """Distance to where the teacher lands, and to its guided noise estimate."""
     rows = torch.randint(len(known["latents"]), (BATCH,), generator=generator)
     batch = {name: values[rows] for name, values in known.items()}
     texts = teacher.states[batch["prompts"]], teacher.states[batch["negatives"]]
-    noise = student(batch["latents"], batch["timesteps"], *texts)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        noise = student(batch["latents"], batch["timesteps"], *texts).float()
     landed = teacher.moved(batch["latents"], noise, batch["timesteps"], batch["ends"])
     consistent = (landed - batch["landed"]).square().mean((1, 2, 3))
     guided = (noise - batch["guided"]).square().mean((1, 2, 3))
     return ((consistent + 1e-3).sqrt() - 1e-3**0.5 + GUIDED * guided).mean()
 
 
-def train_adapter(minutes: float) -> None:
+def train_adapter(minutes: float, bf16: bool) -> None:
     """Fit the new keys, values and affine maps, and the offsets of the weights."""
     teacher = Teacher()
     student = Student(model_zoo.load("emoji-unet")[0].unet.requires_grad_(False))
@@ -144,7 +146,7 @@ def train_adapter(minutes: float) -> None:
     averaged = train.fit(
         "emoji-unet-sun",
         student,
-        lambda generator: distillation(teacher, student, known, generator),
+        partial(distillation, teacher, student, known, bf16),
         minutes=minutes,
         lr=1e-3,
         ema=0.995,
@@ -231,13 +233,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["train", "score"])
     parser.add_argument("--minutes", type=float, default=12)
+    parser.add_argument("--bf16", action="store_true", help="see amx.py")
     parser.add_argument("--part", default="final", choices=["heldout", "final"])
     parser.add_argument("--seeds", type=int, default=2, help="pictures of each caption")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "train":
-        train_adapter(options.minutes)
+        with amx.quick([]):
+            train_adapter(options.minutes, options.bf16)
         return
     command = " ".join(["python", "-m", "demos.zoo.speed_up_net", *sys.argv[1:]])
     result = {"command": command, "part": options.part, "seeds": options.seeds}
