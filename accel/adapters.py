@@ -145,6 +145,9 @@ class Adapters(nn.Module):
 
     def condition(self, timestep: Tensor, text: Tensor) -> None:
         """Encode what a forward is conditioned on: timestep () or (b,), text (b, length, width)."""
+        if self.text.weight.device != text.device:  # the model was moved, or is offloaded
+            self.to(text.device)
+            self._refold()
         batch, like = len(text), self.text.weight
         text = text.to(like.dtype)
         scale = torch.as_tensor(self.guidance, device=like.device, dtype=like.dtype).expand(batch)
@@ -203,6 +206,11 @@ class Adapters(nn.Module):
         self._serve = functools.partial(self.attach, denoiser.module, denoiser.names)
         self._serve().remove()  # raises for another base
         return Handle.together([Handle(self.restore), denoiser.when_forgetting(self.restore)])
+
+    def _refold(self) -> None:
+        for group in self.groups.values():
+            if isinstance(group, CrossHosts) and group.folded is not None:
+                group.folded = group.fold()
 
     def begin(self, scale: float) -> None:
         """A run at a guidance scale: the hosts are hooked until it is over."""

@@ -91,7 +91,17 @@ def _describe(value: Any) -> Any:
 
 
 def _same(old: Any, new: Any) -> bool:
-    """Whether two prompt embeddings are equal; free while the pipeline passes one tensor along."""
+    """Whether two prompt embeddings are equal; free while the pipeline passes one memory along."""
     if old is new or not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
         return True
-    return bool(torch.equal(old, new))
+    return same_memory(old, new) or bool(torch.equal(old, new))
+
+
+def same_memory(old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether both are views of the same memory; `old` keeps it from being used anew."""
+    return old is new or (
+        old.data_ptr() == new.data_ptr()
+        and old.dtype == new.dtype
+        and old.shape == new.shape
+        and old.stride() == new.stride()
+    )

@@ -18,7 +18,7 @@ import torch
 from accel.calibrate_probe import BRANCH, PLACES, Probe, block_maps, fitted, now, probe
 from accel.family import Arguments
 from accel.guidance import is_doubled
-from accel.hooks import override
+from accel.hooks import onload, override
 from accel.method import AccelError, Handle, Method
 from accel.model_calls import latent_like, predictions, stacked
 from accel.sublayer import Sublayer, sublayers
@@ -239,7 +239,9 @@ class _Watch:
         self._put("entry", hidden)
         observer = self.denoiser.family.observer
         if observer is not None:
-            seen = observer(self.denoiser.chain.blocks[0], arguments)
+            block = self.denoiser.chain.blocks[0]
+            onload(block)
+            seen = observer(block, arguments)
             self._change("observed", seen, _relative_change)
 
     def _leave(self, hidden: Tensor) -> None:

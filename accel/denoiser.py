@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,6 +73,7 @@ class Denoiser:
         """`outside(call, args, kwargs)` stands before everything else: stages change sizes."""
         self.budget: Budget | None = None
         self.first_call: Callable[[int, Any], None] = lambda latents, timestep: None
+        self._grid: tuple[Callable[[], Arguments | None], Grid | None] = (lambda: None, None)
         """Called at a run's first step with the number of latent values of one sample, and t."""
         self.guard: Guard | None = None
         self.names = parameters(getattr(module, "_orig_mod", module))  # torch.compile's takes all
@@ -155,7 +157,11 @@ class Denoiser:
         run = self.clock.staging
         if run is not None and run.layout is not None and run.layout.grid is None:
             return None
-        return token_grid(self.module, self.family, arguments)
+        seen, grid = self._grid
+        if seen() is not arguments:  # families may read it from tensors: once a call
+            grid = token_grid(self.module, self.family, arguments)
+            self._grid = weakref.ref(arguments), grid
+        return grid
 
     def need_transformer(self, method: str) -> None:
         """Raise `AccelError` unless every block of the chain keeps its input's shape."""

@@ -211,6 +211,19 @@ def is_group_offloaded(module: Any) -> bool:
     )
 
 
+def onload(module: Any) -> None:
+    """Bring what group offload keeps away of a module to its device, as the module's forward does.
+
+    For who calls a part of the module alone.
+    """
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    if "group_offloading" in hooks:
+        group = hooks["group_offloading"].group
+        group.onload_()
+        if group.stream is not None:
+            group.stream.synchronize()
+
+
 def adapters_of(module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Names of a module's loaded LoRAs, and of those among them that are active."""
     layers = _adapter_layers(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, cast, runtime_checkable
 
 if TYPE_CHECKING:
     from accel.denoiser import Denoiser
@@ -89,6 +89,16 @@ def is_number(value: object) -> bool:
         and not isinstance(value, bool)
         and abs(value) < float("inf")  # False for NaN too
     )
+
+
+def is_series(value: object, entry: Callable[[Any], bool], least: int = 1) -> bool:
+    """Whether `value` is a list or tuple of at least `least` entries that each pass `entry`."""
+    return isinstance(value, list | tuple) and len(value) >= least and all(map(entry, value))
+
+
+def is_schedule(value: object) -> TypeGuard[Sequence[int]]:
+    """Whether `value` holds ones (compute) and zeros (reuse), one for each step, first a one."""
+    return is_series(value, lambda each: each in (0, 1)) and cast("Sequence[int]", value)[0] == 1
 
 
 def is_count(value: object, least: int) -> bool:

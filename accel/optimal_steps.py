@@ -135,6 +135,8 @@ def solver_strides(log_snr: Sequence[float], prediction: str) -> list[float]:
     angle = np.arctan(ratio)
     path = {"flow": ratio / (1 + ratio), "epsilon": ratio}.get(prediction, angle)
     strides = np.abs(np.diff(np.append(path, 0.0)))
+    for step in np.flatnonzero(strides[1:] == 0) + 1:  # Heun's second look at a level: both count
+        strides[step - 1 : step + 1] = strides[step - 1] / 2
     if prediction == "sample":
         strides = strides / np.sin(angle)
     found: list[float] = strides.tolist()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from accel.hooks import parallel_group
+from accel.hooks import onload, parallel_group
 from accel.method import AccelError
 from accel.site import Forward, mean_change
 
@@ -41,7 +41,9 @@ class SpanSignals:
         observer = self._denoiser.family.observer
         if observer is None:
             return self._forward.entry[0]
-        return observer(self._denoiser.chain.blocks[0], self._forward.entry_arguments)
+        block = self._denoiser.chain.blocks[0]
+        onload(block)
+        return observer(block, self._forward.entry_arguments)
 
     @property
     def grid(self) -> tuple[int, int, int] | None:

@@ -318,7 +318,7 @@ def mean_change(new: Tensor, old: Tensor, scale: Tensor | None = None, group: An
 def residual(outputs: Streams, inputs: Streams) -> Streams:
     """Output minus input for each stream that has both in one shape; None for the others."""
     return tuple(
-        y - x if y is not None and x is not None and y.shape == x.shape else None
+        y - x.to(y.device) if y is not None and x is not None and y.shape == x.shape else None
         for y, x in zip(outputs, inputs, strict=True)
     )
 
@@ -326,6 +326,6 @@ def residual(outputs: Streams, inputs: Streams) -> Streams:
 def add(inputs: Streams, residuals: Streams) -> Streams:
     """Input plus residual for each stream; None where there is no residual."""
     return tuple(
-        x + r.to(x.dtype) if r is not None and x is not None else None
+        x + r.to(x) if r is not None and x is not None else None
         for x, r in zip(inputs, residuals, strict=True)
     )

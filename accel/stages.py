@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from accel.method import AccelError, check, is_number
+from accel.method import AccelError, check, is_number, is_series
 from accel.noise_levels import NoiseLevels, Sigmas
 
 
@@ -20,14 +20,14 @@ class Stage:
 def check_plan(owner: Any, scales: tuple[float, ...], shares: tuple[float, ...]) -> None:
     """Raise `AccelError` unless these are stages: as many shares as scales, ending at full size."""
     check(
-        len(scales) >= 1 and all(is_number(each) and 0 < each <= 1 for each in scales),
+        is_series(scales, lambda each: is_number(each) and 0 < each <= 1),
         owner,
         "scales" if hasattr(owner, "scales") else "scale",
         "numbers above 0, at most 1",
     )
     check(
-        len(shares) == len(scales)
-        and all(is_number(each) and each > 0 for each in shares)
+        is_series(shares, lambda each: is_number(each) and each > 0)
+        and len(shares) == len(scales)
         and abs(sum(shares) - 1) < 1e-6,
         owner,
         "shares",

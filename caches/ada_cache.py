@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_series
 from accel.site import Approximator, Branch, Computed, Policy, Signals, StepContext
 from accel.sublayer import Sublayer, cache_sublayers
 
@@ -24,6 +24,14 @@ CODEBOOKS: dict[str, Codebook] = {
 }
 WINDOW = (0.1, 0.9)
 POWER, GRADIENT = 8, 10
+
+
+def _is_entry(pair: object) -> bool:
+    """Whether it is a bound, which may be infinite, and a distance in steps."""
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return False
+    bound, distance = pair
+    return (is_number(bound) or bound == math.inf) and bound > 0 and is_count(distance, 1)
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,9 @@ class AdaCache:
         if isinstance(self.codebook, str):
             names = ", ".join(f'"{name}"' for name in CODEBOOKS)
             check(self.codebook in CODEBOOKS, self, "codebook", f"{names} or pairs")
-        elif not all(len(pair) == 2 and is_count(pair[1], 1) for pair in self.codebook):
-            raise AccelError("AdaCache(codebook=…): pairs of a bound and a distance in steps")
+        else:
+            accepted = "pairs of a bound above 0 and a distance in steps"
+            check(is_series(self.codebook, _is_entry), self, "codebook", accepted)
         check(isinstance(self.motion, bool), self, "motion", "True or False")
         check(is_number(self.motion_norm) and self.motion_norm > 0, self, "motion_norm", "> 0")
 

@@ -13,7 +13,7 @@ import torch
 from accel.caches.approximators import HoldResidual
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_schedule, is_series
 from accel.site import Approximator, Branch, Computed, Policy, Signals, StepContext
 from accel.sublayer import Sublayer, cache_sublayers
 
@@ -57,9 +57,8 @@ class BAC:
         check(is_number(self.share) and 0 < self.share <= 1, self, "share", "in (0, 1]")
         check(is_count(self.upstream, 0), self, "upstream", "a whole number ≥ 0")
         check(isinstance(self.adjacent, bool), self, "adjacent", "True or False")
-        for row in self.schedules or ():
-            if not row or row[0] != 1 or any(entry not in (0, 1) for entry in row):
-                raise AccelError("BAC(schedules=…): rows of 0s and 1s, the first of them a 1")
+        if self.schedules is not None and not is_series(self.schedules, is_schedule, least=0):
+            raise AccelError("BAC(schedules=…): rows of 0s and 1s, the first of them a 1")
 
     @property
     def unmeasured(self) -> bool:

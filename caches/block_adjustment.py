@@ -79,7 +79,8 @@ class Adjustment:
             return reused
         shape = [1] * reused.dim()
         shape[_channels(reused)] = -1
-        scale, shift = self.fits[key].to(reused).unbind()
+        self.fits[key] = fit = self.fits[key].to(reused.device)
+        scale, shift = fit.to(reused.dtype).unbind()
         return reused * scale.view(shape) + shift.view(shape)
 
     def _stored(self) -> dict[str, Tensor]:

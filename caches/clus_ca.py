@@ -95,9 +95,9 @@ class _Clusters:
     def picks(self) -> Tensor:
         """(batch, clusters): a random token of each cluster; of an empty one any token."""
         assert self.members is not None and self.centres is not None  # made at a full step
-        shape = (*self.members.shape, self.centres.shape[1])
-        lots = torch.rand(shape, generator=self.generator).to(self.members.device)
-        inside = torch.nn.functional.one_hot(self.members, shape[-1]).bool()
+        lots = torch.rand(self.members.shape, generator=self.generator)[..., None]
+        lots = lots.to(self.members.device, non_blocking=True)
+        inside = torch.nn.functional.one_hot(self.members, self.centres.shape[1]).bool()
         return torch.where(inside, lots + 1, lots).argmax(1)
 
 

@@ -10,7 +10,7 @@ from accel.caches.approximators import HoldResidual, Newton
 from accel.caches.products import Compute, Products, scheduled
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_number
+from accel.method import AccelError, Handle, check, is_number, is_schedule
 from accel.optimal_steps import best_steps, forecast_costs
 from accel.site import Approximator, Branch
 
@@ -59,11 +59,7 @@ class DPCache:
         check(is_number(self.share) and 0 < self.share <= 1, self, "share", "in (0, 1]")
         check(isinstance(self.whole, bool), self, "whole", "True or False")
         check(self.objective in ("sum", "max"), self, "objective", '"sum" or "max"')
-        if self.schedule is not None and (
-            not self.schedule
-            or self.schedule[0] != 1
-            or any(entry not in (0, 1) for entry in self.schedule)
-        ):
+        if self.schedule is not None and not is_schedule(self.schedule):
             raise AccelError("DPCache(schedule=…): 0s and 1s, the first of them a 1")
 
     @property

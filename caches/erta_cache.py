@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_series
 from accel.site import Branch, Computed, Signals, StepContext, Streams
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ class ERTACache:
     def __post_init__(self) -> None:
         check(is_number(self.threshold) and self.threshold >= 0, self, "threshold", "a number ≥ 0")
         check(is_count(self.longest, 0), self, "longest", "a whole number ≥ 0")
-        if self.scales is not None and not (
-            self.scales and self.scales[0] == 0 and all(is_number(each) for each in self.scales)
-        ):
+        right = self.scales is None or (is_series(self.scales, is_number) and self.scales[0] == 0)
+        if not right:
             raise AccelError("ERTACache(scales=…): one factor a step, 0 to compute, the first 0")
 
     @property

@@ -17,7 +17,7 @@ from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
 from accel.guidance import is_doubled
 from accel.kernels.weighted_sum import weighted_sum
-from accel.method import AccelError, Handle, check, is_number
+from accel.method import AccelError, Handle, check, is_number, is_schedule, is_series
 from accel.model_calls import latent_like
 from accel.optimal_steps import (
     Costs,
@@ -91,14 +91,11 @@ class FitCache:
             raise AccelError("FitCache: schedule and weights are measured together; give both")
         if self.schedule is None or self.weights is None:
             return
-        if (
-            not self.schedule
-            or self.schedule[0] != 1
-            or any(each not in (0, 1) for each in self.schedule)
-        ):
+        if not is_schedule(self.schedule):
             raise AccelError("FitCache(schedule=…): 0s and 1s, the first of them a 1")
-        zeros, terms = self.schedule.count(0), 2 * len(self.weights) + 1 if self.across else 3
-        if not self.weights or any(_wrong(branch, zeros, terms) for branch in self.weights):
+        branches = len(self.weights) if isinstance(self.weights, list | tuple) else 0
+        zeros, terms = self.schedule.count(0), 2 * branches + 1 if self.across else 3
+        if not branches or any(_wrong(branch, zeros, terms) for branch in self.weights):
             raise AccelError(
                 f"FitCache(weights=…): for each branch {terms} numbers for each of the {zeros} "
                 "zeros of the schedule"
@@ -192,9 +189,8 @@ def _weights(
 
 
 def _wrong(branch: Sequence[Sequence[float]], zeros: int, terms: int) -> bool:
-    return len(branch) != zeros or any(
-        len(row) != terms or not all(is_number(each) for each in row) for row in branch
-    )
+    rows = is_series(branch, lambda row: is_series(row, is_number) and len(row) == terms, least=0)
+    return not rows or len(branch) != zeros
 
 
 class _Branches:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from accel.caches.approximators import HoldResidual, Newton
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_series
 from accel.site import Approximator, Branch, Computed, Signals, StepContext
 
 if TYPE_CHECKING:
@@ -56,8 +56,9 @@ class MagCache:
             "retention",
             "a share between 0 and 1",
         )
-        for table in _tables(self.ratios).values():
-            if len(table) < 2 or not all(is_number(ratio) and ratio > 0 for ratio in table):
+        tables = self.ratios.values() if isinstance(self.ratios, Mapping) else [self.ratios]
+        for table in () if self.ratios is None else tables:
+            if not is_series(table, lambda ratio: is_number(ratio) and ratio > 0, least=2):
                 raise AccelError(
                     "MagCache(ratios=…): each table needs at least two positive numbers"
                 )

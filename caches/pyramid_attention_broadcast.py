@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_series
 from accel.site import Approximator, Computed, Signals, StepContext
 from accel.sublayer import cache_sublayers
 
@@ -42,9 +42,9 @@ class PyramidAttentionBroadcast:
     def __post_init__(self) -> None:
         for field in ("spatial", "temporal", "cross", "mlp"):
             check(is_count(getattr(self, field), 1), self, field, "a whole number ≥ 1")
-        pair = len(self.window) == 2 and all(is_number(end) for end in self.window)
+        pair = is_series(self.window, is_number) and len(self.window) == 2
         check(pair and self.window[0] < self.window[1], self, "window", "(low, high) timesteps")
-        if not all(is_count(block, 0) for block in self.mlp_blocks):
+        if not is_series(self.mlp_blocks, lambda block: is_count(block, 0), least=0):
             raise AccelError("PyramidAttentionBroadcast(mlp_blocks=…): block numbers from 0 on")
 
     def attach(self, denoiser: Denoiser) -> Handle:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from accel.caches.approximators import HoldResidual
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_number
+from accel.method import AccelError, Handle, check, is_number, is_series
 from accel.site import Approximator, Branch, Computed, Policy, Signals, StepContext
 from accel.sublayer import KINDS, Sublayer, cache_sublayers, sublayers
 
@@ -48,11 +48,13 @@ class SmoothCache:
 
     def __post_init__(self) -> None:
         check(is_number(self.threshold) and self.threshold >= 0, self, "threshold", "a number ≥ 0")
+        wrong = f"SmoothCache(errors=…): {LAGS} rows of one length for kinds among {KINDS}"
+        if not isinstance(self.errors, Mapping | None):
+            raise AccelError(wrong)
         for kind, rows in (self.errors or {}).items():
-            if kind not in KINDS or len(rows) != LAGS or len({len(row) for row in rows}) != 1:
-                raise AccelError(
-                    f"SmoothCache(errors=…): {LAGS} rows of one length for kinds among {KINDS}"
-                )
+            table = is_series(rows, lambda row: is_series(row, is_number), LAGS)
+            if kind not in KINDS or not table or len(rows) > LAGS or len({*map(len, rows)}) != 1:
+                raise AccelError(wrong)
 
     @property
     def unmeasured(self) -> bool:

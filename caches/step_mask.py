@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from accel.caches.approximators import HoldResidual, Newton
 from accel.caches.schedules import Table
 from accel.denoiser import Denoiser
-from accel.method import Handle, check
+from accel.method import Handle, check, is_schedule
 from accel.site import Approximator
 
 PRESETS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -45,8 +45,7 @@ class StepMask:
         if isinstance(self.mask, str):
             check(self.mask in PRESETS, self, "mask", f"one of {', '.join(PRESETS)}, or 0s and 1s")
             return
-        valid = len(self.mask) > 0 and all(entry in (0, 1) for entry in self.mask)
-        check(valid and self.mask[0] == 1, self, "mask", "0s and 1s, the first of them a 1")
+        check(is_schedule(self.mask), self, "mask", "0s and 1s, the first of them a 1")
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to the block chain, or to the whole denoiser when there is none."""

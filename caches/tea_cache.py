@@ -10,7 +10,7 @@ import numpy as np
 
 from accel.caches.approximators import HoldResidual
 from accel.denoiser import Denoiser
-from accel.method import AccelError, Handle, check, is_number
+from accel.method import AccelError, Handle, check, is_number, is_series
 from accel.site import Approximator, Branch, Computed, Signals, StepContext
 
 if TYPE_CHECKING:
@@ -49,13 +49,11 @@ class TeaCache:
 
     def __post_init__(self) -> None:
         check(is_number(self.threshold) and self.threshold >= 0, self, "threshold", "a number ≥ 0")
-        if self.polynomial is not None and not (
-            len(self.polynomial) > 0 and all(is_number(value) for value in self.polynomial)
-        ):
+        if self.polynomial is not None and not is_series(self.polynomial, is_number):
             raise AccelError("TeaCache(polynomial=…) must be numbers, highest power first")
         if self.domain is not None and not (
-            len(self.domain) == 2
-            and all(is_number(value) for value in self.domain)
+            is_series(self.domain, is_number)
+            and len(self.domain) == 2
             and self.domain[0] <= self.domain[1]
         ):
             raise AccelError(f"TeaCache(domain={self.domain!r}) must be (least, most)")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from accel.branch_states import same_memory
 from accel.denoiser import Denoiser
 from accel.hooks import override
 from accel.method import Handle
@@ -92,7 +93,7 @@ class _Memory:
         weight = getattr(self.module, "weight", None)
         version = (text._version, id(weight), 0 if weight is None else weight._version)
         for seen, then, output in self.known:
-            if then == version and _same_memory(seen, text):
+            if then == version and same_memory(seen, text):
                 self.helps = True
                 return output
         output = original(text)
@@ -115,13 +116,3 @@ def _memoise(denoiser: Denoiser, module: Any) -> Callable[[], None]:
         undo()
 
     return remove
-
-
-def _same_memory(seen: Tensor, text: Tensor) -> bool:
-    """Whether both are views of the same memory; `seen` keeps it from being used anew."""
-    return seen is text or (
-        seen.data_ptr() == text.data_ptr()
-        and seen.dtype == text.dtype
-        and seen.shape == text.shape
-        and seen.stride() == text.stride()
-    )

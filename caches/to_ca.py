@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 WAN_WORDS = 512
 """Length of the prompt behind the picture's tokens, as in diffusers' Wan."""
+ROWS = 4096
+"""Tokens whose attention to the text is held at once."""
 
 
 @dataclass(frozen=True)
@@ -211,17 +213,25 @@ def _entropy(attention: Any, hidden: Tensor, text: Tensor, mask: Tensor | None =
 
     query, key = split(query, norms[0]), split(key, norms[1])
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    logits = _masked(query @ key.transpose(-1, -2) / width**0.5, mask)
-    weights = logits.softmax(-1).mean(1)
-    entropy: Tensor = -(weights * (weights + 1e-7).log()).sum(-1)
-    return entropy
+    found = []
+    for start in range(0, query.shape[2], ROWS):
+        rows = query[:, :, start : start + ROWS]
+        logits = _masked(rows @ key.transpose(-1, -2) / width**0.5, mask, start)
+        weights = logits.softmax(-1).mean(1)
+        found.append(-(weights * (weights + 1e-7).log()).sum(-1))
+    return torch.cat(found, 1)
 
 
-def _masked(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Logits (batch, heads, tokens, words) with a layer's mask: a bias, or nonzero for words."""
+def _masked(logits: Tensor, mask: Tensor | None, start: int) -> Tensor:
+    """Logits (batch, heads, tokens, words) with a layer's mask: a bias, or nonzero for words.
+
+    The tokens are those from `start` on.
+    """
     if mask is None or mask.shape[-1] != logits.shape[-1]:
         return logits
     mask = mask[:, None, None] if mask.dim() == 2 else mask[:, None] if mask.dim() == 3 else mask
+    if mask.shape[2] > 1:
+        mask = mask[:, :, start : start + logits.shape[2]]
     if mask.is_floating_point():
         return logits + mask
     return logits.masked_fill(mask == 0, torch.finfo(logits.dtype).min)

@@ -119,7 +119,8 @@ class TokenMerging:
         count = min(tokens - cells, int(tokens * self.ratio))
         if count <= 0 or cells == 0:
             return None
-        chosen = self.destinations(rows, columns, len(hidden), generator).to(hidden.device)
+        chosen = self.destinations(rows, columns, len(hidden), generator)
+        chosen = chosen.to(hidden.device, non_blocking=True)
         order = chosen.flatten().argsort(descending=True, stable=True)
         to, source = order[:cells], order[cells:]
         unit = torch.nn.functional.normalize(hidden.float(), dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,7 +15,7 @@ from accel.denoiser import Denoiser
 from accel.kernels.attention_fastest import Fastest, signature
 from accel.kernels.attention_precision import BUCKETS, Calibration, Plan, bucket
 from accel.kernels.attention_table import KERNELS, LOSSLESS, LOW_BIT, survey
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_series
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,8 +71,10 @@ class Attention:
         check(share, self, "similarity", "a number in (0, 1]")
         check(is_number(self.error) and self.error >= 0, self, "error", "a number ≥ 0")
         check(isinstance(self.reference, bool), self, "reference", "True or False")
+        if not isinstance(self.plan, Mapping | None):
+            raise AccelError("Attention(plan=…): a mapping from layer names to kernel names")
         for kernels in (self.plan or {}).values():
-            if len(kernels) != BUCKETS or not set(kernels) <= set(KERNELS):
+            if not is_series(kernels, KERNELS.__contains__) or len(kernels) != BUCKETS:
                 raise AccelError(
                     f"Attention(plan=…): each layer needs {BUCKETS} kernels out of "
                     f"{', '.join(KERNELS)}, not {kernels!r}"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from accel.kernels import triton_device
 from accel.method import AccelError
 
 MAX_HEAD_DIM = 256
@@ -19,27 +17,14 @@ def why_not(query: Tensor, capability: tuple[int, int] = (8, 0)) -> str | None:
 
     `capability` is the least CUDA compute capability that the kernel needs.
     """
-    if not triton_installed():
-        return "Triton is not installed: pip install 'diffusers-accel[triton]'"
-    if query.device.type != "cuda":
-        return f"the tensors are on {query.device.type}; the Triton kernels run on CUDA devices"
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm; the Triton kernels are tested on CUDA devices"
-    found = torch.cuda.get_device_capability(query.device)
-    if found < capability:
-        needed = ".".join(map(str, capability))
-        return f"compute capability {'.'.join(map(str, found))} is below {needed}"
+    reason = triton_device.why_not(query.device, capability)
+    if reason is not None:
+        return reason
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{query.dtype} is not one of float16, bfloat16, float32"
     if query.shape[-1] > MAX_HEAD_DIM:
         return f"head dimension {query.shape[-1]} is above {MAX_HEAD_DIM}"
     return None
-
-
-@functools.cache
-def triton_installed() -> bool:
-    """Whether Triton can be imported (it is not imported here)."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import functional
 
 from accel.attention_calls import AttentionCall
@@ -13,6 +15,8 @@ from accel.kernels.attention_table import KERNELS
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 BUCKETS = 5
 """Parts of the schedule that have a precision of their own."""
@@ -38,16 +42,27 @@ class Calibration:
         self.candidates = candidates
         self.similarity, self.error = similarity, error
         self.worst: dict[tuple[str, int, str], tuple[float, float]] = {}
+        self.failed: set[str] = set()
 
     def attend(self, call: AttentionCall, part: int, usable: Sequence[str]) -> Tensor:
-        """The exact output; what each `usable` kernel would have given is compared with it."""
+        """The exact output; what each `usable` kernel would have given is compared with it.
+
+        A kernel that fails is said and left out from then on.
+        """
         output = call.plain()
         stride = 1 if call.is_causal else max(call.query.shape[2] // ROWS, 1)
         sampled = replace(call, query=call.query[:, :, ::stride])
         exact = output[:, :, ::stride].float()
-        for name in usable:
+        for name in sorted(set(usable) - self.failed, key=usable.index):
             key = (call.layer.name, part, name)
-            given = KERNELS[name].run(sampled).float()
+            try:
+                given = KERNELS[name].run(sampled).float()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a compiler's or a driver's: no run may die of it
+                logger.warning("Attention: %s failed: %s: %s", name, type(error).__name__, error)
+                self.failed.add(name)
+                continue
             cosine, relative = self.worst.get(key, (1.0, 0.0))
             found = float(functional.cosine_similarity(given.flatten(), exact.flatten(), dim=0))
             distance = float((given - exact).abs().sum() / exact.abs().sum().clamp(min=1e-12))

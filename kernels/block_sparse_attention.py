@@ -40,7 +40,8 @@ def block_sparse_attention(
         from accel.kernels.block_sparse_attention_triton import block_sparse_triton as attend
     else:
         attend = block_sparse_reference
-    output = attend(query, key, value, block_mask, block_size=block_size, scale=scale)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        output = attend(query, key, value, block_mask, block_size=block_size, scale=scale)
     return to_heads_first(layout, output)[0]
 
 

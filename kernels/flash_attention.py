@@ -44,7 +44,8 @@ def flash_attention(
         from accel.kernels.flash_attention_triton import flash_attention_triton
 
         attend = flash_attention_triton
-    output = attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        output = attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
     return to_heads_first(layout, output)[0]
 
 

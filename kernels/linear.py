@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from accel.denoiser import Denoiser
+from accel.hooks import is_group_offloaded
 from accel.kernels.linear_formats import FORMATS, group_size
 from accel.kernels.linear_w8a8 import w8a8
 from accel.kernels.linear_weight import QuantisedWeight
@@ -73,6 +74,11 @@ class Linear:
 
     def attach(self, denoiser: Denoiser) -> Handle:
         """Exchange the weights of the chosen layers of all blocks."""
+        if is_group_offloaded(denoiser.module):
+            raise AccelError(
+                "Linear: group offload keeps its own list of the weights that it moves; offload "
+                "whole models instead (enable_model_cpu_offload)"
+            )
         chosen = self._chosen(denoiser)
         if not chosen:
             raise AccelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from accel.kernels.linear_formats import FORMATS
-from accel.kernels.triton_device import why_not
+from accel.kernels.triton_device import attempt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,11 @@ def w8a8(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None = None) -
 
     By Triton on CUDA devices of compute capability ≥ 8.0, else by the reference.
     """
-    if why_not(x.device) is None:
-        from accel.kernels.linear_w8a8_triton import w8a8_triton
+    found = attempt("w8a8", x, lambda: _by_triton(x, values, scale, bias))
+    return FORMATS["w8a8"].linear(x, values, scale, bias) if found is None else found
 
-        return w8a8_triton(x, values, scale, bias)
-    return FORMATS["w8a8"].linear(x, values, scale, bias)
+
+def _by_triton(x: Tensor, values: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from accel.kernels.linear_w8a8_triton import w8a8_triton
+
+    return w8a8_triton(x, values, scale, bias)

@@ -54,6 +54,8 @@ class QuantisedWeight(torch.Tensor):
             return _linear(*args, **(kwargs or {}))
         if func is torch.Tensor.storage:  # what safetensors asks for
             raise _refusal("The memory")
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]  # by group offload
+            raise _refusal("Setting the data")
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -88,7 +90,7 @@ class QuantisedWeight(torch.Tensor):
 def _refusal(wanted: str) -> AccelError:
     return AccelError(
         f"{wanted} of a weight that accel.Linear quantised; unpatch first, for instance to fuse "
-        "a LoRA or to save the weights"
+        "a LoRA, to save the weights or to offload them by groups"
     )
 
 

@@ -100,9 +100,9 @@ class NABLA:
         if self.window is not None:
             blocks = math.prod(grid) // size
             places = block_places(grid, self.tile, blocks, kept.device)
-            reach = torch.tensor(self.window, device=kept.device)
-            near = ((places[:, None] - places[None]).abs() <= reach).all(-1)
-            kept[:, :, :blocks, :blocks] |= near
+            apart = (places[:, None] - places[None]).abs().unbind(-1)
+            near = [away <= reach for away, reach in zip(apart, self.window, strict=True)]
+            kept[:, :, :blocks, :blocks] |= near[0] & near[1] & near[2]
         return kept
 
 

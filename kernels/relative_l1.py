@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from accel.kernels.triton_device import why_not
+from accel.kernels.triton_device import attempt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +23,17 @@ def mean_distance(new: Tensor, old: Tensor, scale: Tensor | None = None) -> Tens
     """
     tensors = [new, old] if scale is None else [new, old, scale]
     alike = all(each.shape == new.shape and each.dtype == new.dtype for each in tensors)
-    if alike and all(each.is_contiguous() for each in tensors) and why_not(new.device) is None:
-        from accel.kernels.relative_l1_triton import mean_distance_triton
-
-        return mean_distance_triton(new, old, scale)
+    if alike and all(each.is_contiguous() for each in tensors):
+        found = attempt("mean_distance", new, lambda: _by_triton(new, old, scale))
+        if found is not None:
+            return found
     return mean_distance_reference(new, old, scale)
+
+
+def _by_triton(new: Tensor, old: Tensor, scale: Tensor | None) -> Tensor:
+    from accel.kernels.relative_l1_triton import mean_distance_triton
+
+    return mean_distance_triton(new, old, scale)
 
 
 def mean_distance_reference(new: Tensor, old: Tensor, scale: Tensor | None = None) -> Tensor:

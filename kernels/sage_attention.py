@@ -79,7 +79,8 @@ def _int8(
     if why_not(query, FP8_CAPABILITY if fp8 else INT8_CAPABILITY) is None:
         from accel.kernels.sage_attention_triton import sage_triton
 
-        output = sage_triton(query, key, value, is_causal=is_causal, fp8=fp8, **settings)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            output = sage_triton(query, key, value, is_causal=is_causal, fp8=fp8, **settings)
     else:
         settings["value_range"] = E4M3_MAX if fp8 else None
         output = _by_reference(query, key, value, is_causal, **settings)

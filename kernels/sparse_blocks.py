@@ -14,7 +14,7 @@ from accel.attention_calls import AttentionCall, intercept, self_attention
 from accel.geometry import picture_start
 from accel.kernels.block_sparse_attention import block_sparse_attention
 from accel.kernels.token_tiles import Grid, sequence_orders, tile_places
-from accel.method import Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,14 +115,17 @@ class _Tiled:
         """The call in tile order and the way back; None, with a warning, where it is dense."""
         found = self._start(call, grid)
         if isinstance(found, str):
-            if found not in self.reasons:
-                logger.warning("%s: attention stays dense: %s", self.name, found)
-            self.reasons.add(found)
+            self._say_dense(found)
             return None
         tokens, device = call.query.shape[2], call.query.device
         order, inverse = sequence_orders(grid, self.settings.tile, found, tokens, device)
         parts = (call.query, call.key, call.value)
         return call.over(*(each.index_select(2, order) for each in parts)), inverse
+
+    def _say_dense(self, reason: str) -> None:
+        if reason not in self.reasons:
+            logger.warning("%s: attention stays dense: %s", self.name, reason)
+        self.reasons.add(reason)
 
     def grid(self) -> Grid | None:
         """Of the call in flight."""
@@ -136,6 +139,10 @@ class _Tiled:
         tokens = call.query.shape[2]
         if call.attn_mask is not None or call.is_causal:
             return "it has a mask"
+        if not call.query.dtype == call.key.dtype == call.value.dtype:
+            return "query, key and value have several dtypes"
+        if call.query.is_cuda and (call.query.dtype.itemsize > 2 or call.query.shape[3] > 128):
+            return "on CUDA it is for float16 and bfloat16, and heads of at most 128"
         if call.key.shape[2] != tokens or math.prod(grid) > tokens:
             return f"{call.query.shape[2]} and {call.key.shape[2]} tokens are not a grid of {grid}"
         if tokens < self.settings.least:
@@ -178,19 +185,27 @@ class _Sparse(_Tiled):
         super().__init__(settings, denoiser, name)
         self.choose = choose
         self.kept: list[Tensor] = []
+        self.broken: str | None = None
 
     def attend(self, call: AttentionCall) -> Tensor:
         """One self-attention, over chosen blocks where the method applies."""
         forward, grid = self.denoiser.forward, self.grid()
         if forward is None or grid is None:
             return call.plain()
-        if forward.step < self.settings.warmup * forward.total:
+        if self.broken or forward.step < self.settings.warmup * forward.total:
             return call.plain()
         found = self.tiled(call, grid)
         if found is None:
             return call.plain()
         tiled, inverse = found
-        return self._over_blocks(tiled, grid).index_select(2, inverse)
+        try:
+            return self._over_blocks(tiled, grid).index_select(2, inverse)
+        except (AccelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a compiler's or a driver's: no run may die of it
+            self.broken = f"{type(error).__name__}: {error}"
+            self._say_dense(self.broken)
+            return call.plain()
 
     def _over_blocks(self, tiled: AttentionCall, grid: Grid) -> Tensor:
         """Choose blocks and attend."""

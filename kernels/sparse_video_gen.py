@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,12 +58,18 @@ class SparseVideoGen:
         blocks, video = -(-tokens // size), math.prod(grid) // size
         masks = torch.ones(2, blocks, blocks, dtype=torch.bool, device=call.query.device)
         masks[:, :video, :video] = two_masks(grid, self.tile, video, self.keep, masks.device)
-        generator = torch.Generator().manual_seed(0)
-        sample = torch.randperm(tokens - text, generator=generator)[: self.rows]
-        errors = _errors(call, masks, sample.to(masks.device), size)
-        return masks[errors.argmin(0)]
+        sample = sampled(tokens - text, self.rows, masks.device)
+        return masks[_errors(call, masks, sample, size).argmin(0)]
 
 
+@functools.lru_cache(maxsize=4)
+def sampled(tokens: int, rows: int, device: torch.device) -> Tensor:
+    """The same `rows` of the picture's tokens for every layer."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randperm(tokens, generator=generator)[:rows].to(device)
+
+
+@functools.lru_cache(maxsize=4)
 def two_masks(grid: Grid, tile: Grid, blocks: int, keep: float, device: torch.device) -> Tensor:
     """The spatial and the temporal mask of the video's whole blocks, bool (2, blocks, blocks)."""
     places = block_places(grid, tile, blocks, device)

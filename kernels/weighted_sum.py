@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from accel.kernels.triton_device import why_not
+from accel.kernels.triton_device import attempt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,11 +26,17 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     alike = all(each.shape == first.shape and each.dtype == first.dtype for each in tensors)
     contiguous = all(each.is_contiguous() for each in tensors)
-    if alike and contiguous and 1 < len(tensors) <= MOST and why_not(first.device) is None:
-        from accel.kernels.weighted_sum_triton import weighted_sum_triton
-
-        return weighted_sum_triton(weights, tensors)
+    if alike and contiguous and 1 < len(tensors) <= MOST:
+        found = attempt("weighted_sum", first, lambda: _by_triton(weights, tensors))
+        if found is not None:
+            return found
     return weighted_sum_reference(weights, tensors)
+
+
+def _by_triton(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    from accel.kernels.weighted_sum_triton import weighted_sum_triton
+
+    return weighted_sum_triton(weights, tensors)
 
 
 def weighted_sum_reference(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -19,12 +19,13 @@ def weighted_sum_triton(weights: Sequence[float], tensors: Sequence[Tensor]) -> 
     count = output.numel()
     grid = (triton.cdiv(count, BLOCK),)
     factors = tuple(float(weight) for weight in weights)
-    _sum[grid](tuple(tensors), factors, output, count, BLOCK=BLOCK, num_warps=8)
+    scaled_sum[grid](tuple(tensors), factors, output, count, BLOCK=BLOCK, num_warps=8)
     return output
 
 
 @triton.jit
-def _sum(tensors, weights, output, count, BLOCK: tl.constexpr):  # noqa: N803
+def scaled_sum(tensors, weights, output, count, BLOCK: tl.constexpr):  # noqa: N803
+    """One program sums one block of all tensors."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     total = tl.zeros((BLOCK,), tl.float32)

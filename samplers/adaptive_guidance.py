@@ -11,7 +11,7 @@ import torch
 
 from accel.denoiser import Denoiser
 from accel.guidance import GuidanceContext, guide
-from accel.method import AccelError, Handle, check, is_count, is_number
+from accel.method import AccelError, Handle, check, is_count, is_number, is_series
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,8 +94,8 @@ class LinearAG:
     def __post_init__(self) -> None:
         check(is_count(self.interval, 2), self, "interval", "a whole number ≥ 2")
         check(is_number(self.share) and 0 <= self.share <= 1, self, "share", "a share in [0, 1]")
-        rows = self.coefficients or ()
-        if not all(len(row) == TERMS and all(map(is_number, row)) for row in rows):
+        rows = () if self.coefficients is None else self.coefficients
+        if not is_series(rows, lambda row: is_series(row, is_number) and len(row) == TERMS, 0):
             raise AccelError(f"LinearAG(coefficients=…): {TERMS} numbers for each step")
 
     @property

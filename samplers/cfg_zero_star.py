@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from accel.clock import StepClock
 from accel.denoiser import Denoiser
 from accel.guidance import GuidanceContext, guide
 from accel.method import AccelError, Handle, check, is_number
@@ -45,14 +46,16 @@ class CfgZeroStar:
                 f"CfgZeroStar(zero={self.zero}): Qwen-Image's pipeline divides by the norm of the "
                 "guided prediction; use zero=0"
             )
-        return guide(denoiser, lambda: _Scaled(self), "CfgZeroStar")
+        return guide(denoiser, lambda: _Scaled(self, denoiser.clock), "CfgZeroStar")
 
 
 class _Scaled:
-    def __init__(self, settings: CfgZeroStar) -> None:
-        self.settings = settings
+    def __init__(self, settings: CfgZeroStar, clock: StepClock) -> None:
+        self.settings, self.clock = settings, clock
 
     def begin(self, context: GuidanceContext) -> str:
+        if self.clock.start:  # image-to-image: a latent that stays loses its share of the noise
+            return "full"
         return "zero" if context.step < round(self.settings.zero * context.total) else "full"
 
     def full(self, context: GuidanceContext, cond: Tensor, uncond: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from accel.crossing import Crossing
 from accel.denoiser import Denoiser
 from accel.layout import Layout
-from accel.method import AccelError, Handle, check, is_number
+from accel.method import AccelError, Handle, check, is_number, is_series
 from accel.noise_levels import NoiseLevels, Sigmas
 from accel.stages import Stage, check_words
 from accel.staging import stage
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 LOW, HIGH = 100.0, 200.0
 """Canny's thresholds, for 8-bit luma."""
+
+
+def _positive(value: object) -> bool:
+    return is_number(value) and value > 0  # type: ignore[operator]
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,13 @@ class RALU:
     noise: str = "initial"
 
     def __post_init__(self) -> None:
-        shares = len(self.shares) == 3 and all(is_number(x) and x > 0 for x in self.shares)
+        shares = is_series(self.shares, _positive) and len(self.shares) == 3
         shares = shares and abs(sum(self.shares) - 1) < 1e-6
         check(shares, self, "shares", "three positive numbers that add up to 1")
-        ends = len(self.ends) == 2 and 0 < self.ends[0] < self.ends[1] < 1
+        ends = is_series(self.ends, is_number) and len(self.ends) == 2
+        ends = ends and 0 < self.ends[0] < self.ends[1] < 1
         check(ends, self, "ends", "two growing data times between 0 and 1")
-        shifts = len(self.shifts) == 3 and all(is_number(x) and x > 0 for x in self.shifts)
+        shifts = is_series(self.shifts, _positive) and len(self.shifts) == 3
         check(shifts, self, "shifts", "three numbers above 0")
         check(is_number(self.jump) and self.jump >= 2, self, "jump", "a number of at least 2")
         check(is_number(self.ratio) and 0 <= self.ratio <= 1, self, "ratio", "between 0 and 1")

@@ -108,9 +108,13 @@ class NegativeAttention(nn.Module):
             for project in (self.to_k, self.to_v)
         )
         found = functional.scaled_dot_product_attention(query, key, value)
-        norms = [each.flatten(1).norm(dim=1)[:, None, None, None] for each in (beside, found)]
+        norms = [  # in fp32: the sum of squares leaves the range of fp16
+            each.flatten(1).norm(dim=1, dtype=torch.float32)[:, None, None, None]
+            for each in (beside, found)
+        ]
         scale, shift = (each.view(heads, 1, -1) for each in (self.scale, self.shift))
-        return scale * found * (norms[0] / norms[1].clamp(min=1e-6)) + shift  # type: ignore[no-any-return]
+        ratio = (norms[0] / norms[1].clamp(min=1e-6)).to(found.dtype)
+        return scale * found * ratio + shift  # type: ignore[no-any-return]
 
 
 class SpeedUpLayer(nn.Module):

@@ -152,6 +152,23 @@ def test_offloading_keeps_the_result(kind, order) -> None:
     assert torch.equal(run(tiny), built("flux")[1])
 
 
+def test_what_is_observed_of_an_offloaded_block_is_there_first() -> None:
+    """TeaCache calls the first block's norm, whose weights group offload keeps away until then."""
+    tiny = fresh("flux")
+    block = tiny.pipe.transformer.transformer_blocks[0]
+    cpu, order = torch.device("cpu"), []
+    tiny.pipe.transformer.enable_group_offload(
+        cpu, cpu, offload_type="block_level", num_blocks_per_group=1
+    )
+    group = block._diffusers_hook.hooks["group_offloading"].group
+    onload, norm = group.onload_, block.norm1.forward
+    group.onload_ = lambda: (order.append("onload"), onload())
+    block.norm1.forward = lambda *a, **k: (order.append("norm1"), norm(*a, **k))[1]
+    with accel.patched(tiny.pipe, accel.TeaCache(threshold=0)):
+        run(tiny)
+    assert order[:2] == ["onload", "norm1"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["compile first", "patch first"])
 def test_regional_compile_without_graph_breaks(order) -> None:

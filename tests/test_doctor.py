@@ -7,7 +7,6 @@ from typing import Any
 
 from accel import doctor
 from accel.kernels import triton_device
-from accel.kernels.attention_inputs import triton_installed
 from accel.kernels.attention_table import KERNELS
 from accel.kernels.linear_formats import FORMATS
 
@@ -30,7 +29,7 @@ def test_every_kernel_has_a_verdict() -> None:
 def test_without_triton_and_torchao_there_are_reasons(monkeypatch) -> None:
     find = importlib.util.find_spec
     missing = {"triton", "torchao"}
-    triton_installed.cache_clear()
+    triton_device.triton_missing.cache_clear()
     triton_device.why_not.cache_clear()
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name in missing else find(name, *a)
@@ -38,7 +37,7 @@ def test_without_triton_and_torchao_there_are_reasons(monkeypatch) -> None:
     try:
         attention, linear = kernels()
     finally:
-        triton_installed.cache_clear()
+        triton_device.triton_missing.cache_clear()
         triton_device.why_not.cache_clear()
     assert "Triton is not installed" in attention["sage_int8"]
     assert "Triton is not installed" in linear["w8a8"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from tiny_pipelines import TINY, built, run
+from tiny_pipelines import TINY, Tiny, built, run
 
 import accel
+from accel.clock import StepClock
 from accel.samplers.cfg_cache import _low_band
 
 GUIDED = [name for name in TINY if name not in ("flux", "hunyuan_video")]
@@ -109,6 +111,18 @@ def test_cfg_zero_star_leaves_out_the_first_steps(name) -> None:
     assert not torch.equal(result, baseline)
 
 
+def test_cfg_zero_star_leaves_no_step_out_of_image_to_image() -> None:
+    """A latent that is noised half-way loses its share of the noise only where a branch runs."""
+    tiny, _ = built("sd3")
+    pipe = diffusers.StableDiffusion3Img2ImgPipeline(**tiny.pipe.components)
+    pipe.set_progress_bar_config(disable=True)
+    size = tiny.call["height"]
+    call = {**tiny.call, "image": torch.rand(1, 3, size, size), "strength": 0.5}
+    with accel.patched(pipe, accel.CfgZeroStar(zero=0.5)) as handle:
+        run(Tiny(pipe, call))
+        assert "-" not in "".join(handle.report().verdicts.values())
+
+
 def test_the_bands_of_a_map_add_up() -> None:
     maps = torch.randn(2, 3, 9, 14, generator=torch.Generator().manual_seed(0))
     low = _low_band(maps)
@@ -175,7 +189,7 @@ def test_the_unconditional_prediction_is_scaled_to_fit() -> None:
 
     generator = torch.Generator().manual_seed(0)
     cond, uncond = torch.randn(2, 3, 4, 5, 6, generator=generator)
-    scaled = _Scaled(accel.CfgZeroStar()).full(None, cond, uncond)
+    scaled = _Scaled(accel.CfgZeroStar(), StepClock()).full(None, cond, uncond)
     for c, s, u in zip(cond, scaled, uncond, strict=True):
         assert abs(float(((c - s) * u).sum())) < 1e-3, "what is left is orthogonal to u"
 

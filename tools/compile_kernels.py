@@ -35,6 +35,8 @@ from accel.kernels.sage_attention_quantise import QUERY_BLOCK
 from accel.kernels.sage_attention_quantise_triton import round_e4m3_transposed, round_int8
 from accel.kernels.sage_attention_triton import TILES as SAGE_TILES
 from accel.kernels.sage_attention_triton import sage_forward, sums_in_fp16
+from accel.kernels.weighted_sum_triton import BLOCK as SUM_BLOCK
+from accel.kernels.weighted_sum_triton import scaled_sum
 
 ARCHITECTURES = (80, 86, 89, 90, 120)
 SHARED_LIMIT_KB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
@@ -53,7 +55,7 @@ class Case:
     name: str
     arch: int
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, str | tuple[str, ...]]
     constants: dict[str, Any]
     warps: int
     stages: int
@@ -90,21 +92,30 @@ def compile_case(case: Case) -> Compiled:
     signature = {name: case.types.get(name, "i32") for name in names}
     signature |= dict.fromkeys(case.constants, "constexpr")
     aligned = [
-        index
+        place
         for index, name in enumerate(names)
-        if name not in UNALIGNED and (signature[name] == "i32" or signature[name][0] == "*")
+        for place, kind in _places(index, signature[name])
+        if name not in UNALIGNED and (kind == "i32" or kind[0] == "*")
     ]
     source = ASTSource(
         case.kernel,
         signature,
         case.constants,
-        {(index,): [["tt.divisibility", 16]] for index in aligned},
+        {place: [["tt.divisibility", 16]] for place in aligned},
     )
     options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     registers, spilled = _resources(built.asm["cubin"])
     kinds = _kinds(built.asm["cubin"])
     return Compiled(case, registers, spilled, round(built.metadata.shared / 1024, 1), kinds)
+
+
+def _places(index: int, kind: str | tuple[str, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Where each tensor or number of an argument stands, and its type."""
+    if isinstance(kind, str):
+        yield (index,), kind
+    else:
+        yield from (((index, inner), each) for inner, each in enumerate(kind))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -234,6 +245,8 @@ def layer_cases(arch: int) -> Iterator[Case]:
     for size in ("none", "old", "other"):
         constants = {"SIZE": size, "BLOCK": DISTANCE_BLOCK}
         yield Case(f"distance, scale {size}", arch, distance_sums, inputs, constants, 8, 3)
+    terms = {"tensors": ("*bf16",) * 3, "weights": ("fp32",) * 3, "output": "*bf16"}
+    yield Case("sum of 3", arch, scaled_sum, terms, {"BLOCK": SUM_BLOCK}, 8, 3)
 
 
 def cases(arch: int) -> list[Case]:

@@ -168,6 +168,7 @@ def stage(
             ema=0.998,
             progress=progress if SIZE in sizes else None,
             progress_minutes=6,
+            bf16=bf16,
         )
 
 

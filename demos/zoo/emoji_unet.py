@@ -139,6 +139,7 @@ def training(start: Path | None, minutes: float, device: str, batch_size: int, b
             ema=0.998,
             progress=progress,
             progress_minutes=8,
+            bf16=bf16,
         )
 
 

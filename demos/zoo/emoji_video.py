@@ -191,6 +191,7 @@ def train_denoiser(
             ema=0.9985,
             progress=progress,
             progress_minutes=30,
+            bf16=bf16,
         )
 
 

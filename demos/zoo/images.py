@@ -133,6 +133,7 @@ def train_vae(channels: int, minutes: float, device: str, bf16: bool) -> None:
         ema=0.998,
         progress=progress,
         progress_minutes=2,
+        bf16=bf16,
     )
 
 

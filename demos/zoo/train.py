@@ -25,15 +25,22 @@ CHECKPOINTS = Path.home() / ".cache" / "accel-zoo" / "checkpoints"
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrix update is made orthogonal (Jordan et al. 2024), in fp32.
+    """Momentum whose matrix update is made orthogonal (Jordan et al. 2024), in `dtype`.
 
     torch's own Muon iterates in bfloat16, which is hundreds of times slower on CPUs without it.
     Matrices of one shape are iterated together; convolution kernels count as matrices
     (output channels × everything else). `lr` is in AdamW's scale.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float = 0.01) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float,
+        weight_decay: float = 0.01,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -50,7 +57,8 @@ class Muon(torch.optim.Optimizer):
                     mean = state.setdefault("mean", torch.zeros_like(parameter))
                     mean.lerp_(parameter.grad, 1 - group["momentum"])
                     updates.append(parameter.grad.lerp(mean, group["momentum"]))
-                directions = orthogonal(torch.stack(updates).flatten(2))
+                stacked = torch.stack(updates).flatten(2)
+                directions = orthogonal(stacked.to(self.dtype)).to(stacked)
                 scale = 0.2 * math.sqrt(max(directions.shape[1:]))
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -70,7 +78,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def optimizers(model: nn.Module, lr: float, muon: Iterable[str]) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: nn.Module, lr: float, muon: Iterable[str], bf16: bool = False
+) -> list[torch.optim.Optimizer]:
     """Muon for matrices and kernels under the named submodules, AdamW for everything else."""
     prefixes = tuple(muon)
     matrices, rest = [], []
@@ -82,7 +92,8 @@ def optimizers(model: nn.Module, lr: float, muon: Iterable[str]) -> list[torch.o
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     ]
-    return [*found, Muon(matrices, lr)] if matrices else found
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    return [*found, Muon(matrices, lr, dtype=dtype)] if matrices else found
 
 
 def noise_levels(count: int, shift: float, generator: Generator) -> Tensor:
@@ -149,16 +160,18 @@ def fit(  # noqa: C901 (one loop, read from top to bottom)
     progress: Callable[[nn.Module, int], None] | None = None,
     progress_minutes: float = 10.0,
     checkpoints: Path = CHECKPOINTS,
+    bf16: bool = False,
 ) -> dict[str, Tensor]:
     """Train `model` for `minutes` and return its averaged weights.
 
     `loss(generator)` draws a batch and returns the scalar loss. `progress(model, step)` is called
     every `progress_minutes` with the averaged weights loaded. The curve goes to `<name>.csv`.
+    `bf16`: Muon iterates in bfloat16.
     """
     checkpoints.mkdir(parents=True, exist_ok=True)
     file, curve = checkpoints / f"{name}.pt", checkpoints / f"{name}.csv"
     generator = Generator().manual_seed(seed)
-    optimisers = optimizers(model, lr, muon)
+    optimisers = optimizers(model, lr, muon, bf16)
     averaged = {key: value.detach().clone() for key, value in model.state_dict().items()}
     step = _steps(curve)
     if file.exists():

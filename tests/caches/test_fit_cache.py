@@ -306,6 +306,13 @@ def test_strides_are_what_the_solver_multiplies_predictions_with() -> None:
     assert solver_strides([6.0], "sample") == pytest.approx([1.0], abs=1e-4)
 
 
+def test_both_looks_of_heun_at_a_step_count() -> None:
+    """A step of Heun goes by the mean of two evaluations, the second at the next level."""
+    once = solver_strides([0.0, 1.0, 2.0], "epsilon")
+    twice = solver_strides([0.0, 1.0, 1.0, 2.0, 2.0], "epsilon")
+    assert twice == pytest.approx([once[0] / 2] * 2 + [once[1] / 2] * 2 + [once[2]])
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_wan import WanAttention
 from tiny_pipelines import built, run
 
 import accel
+from accel.caches import to_ca
 from accel.caches.clus_ca import _Clusters
 from accel.caches.to_ca import _entropy, _Influence, _spread, _Tokens
 from accel.site import Computed
@@ -135,11 +136,13 @@ def test_words_behind_the_mask_change_nothing() -> None:
     assert torch.equal(first, second)
 
 
-def test_masks_are_biases_or_kept_words() -> None:
+@pytest.mark.parametrize("at_once", [4096, 4])
+def test_masks_are_biases_or_kept_words(at_once, monkeypatch) -> None:
     torch.manual_seed(0)
     attention = d.models.attention_processor.Attention(8, 6, heads=2, dim_head=4)
     hidden, text = torch.randn(1, 6, 8), torch.randn(1, 5, 6)
     wanted = _entropy(attention, hidden, text[:, :3])
+    monkeypatch.setattr(to_ca, "ROWS", at_once)  # the tokens are taken a part at a time
     kept = torch.tensor([[1, 1, 1, 0, 0]])
     bias = -10000.0 * (1 - kept.float()).unsqueeze(1)
     for mask in (kept, kept.bool(), bias, bias.unsqueeze(1)):

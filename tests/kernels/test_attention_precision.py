@@ -37,6 +37,24 @@ def test_the_adaptive_choice_reads_like_its_rule() -> None:
             del KERNELS[name]
 
 
+def test_a_kernel_that_fails_in_the_measuring_run_is_left_out(caplog) -> None:
+    call, calls = a_call(), []
+
+    def fail(call):
+        calls.append(call)
+        raise RuntimeError("Failed to find C compiler")
+
+    KERNELS["broken"] = Fake(fail)
+    try:
+        found = Calibration(["broken"], similarity=0.9, error=1.0)
+        for part in range(2):
+            assert torch.equal(found.attend(call, part, ["broken"]), call.plain())
+        assert found.plan() == {} and len(calls) == 1
+        assert "broken failed: RuntimeError: Failed to find C compiler" in caplog.text
+    finally:
+        del KERNELS["broken"]
+
+
 def test_buckets_cover_the_schedule() -> None:
     assert [bucket(place, 10) for place in range(10)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert bucket(0, 1) == 0

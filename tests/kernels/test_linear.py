@@ -213,6 +213,24 @@ def test_quantised_weights_are_not_saved(tmp_path) -> None:
     tiny.pipe.transformer.save_pretrained(tmp_path)
 
 
+def test_group_offload_and_quantised_weights_refuse_each_other() -> None:
+    """Its hooks set `data`, which would leave what stands for the weight where it was."""
+    cpu = torch.device("cpu")
+    tiny = TINY["flux"]()
+    with accel.patched(tiny.pipe, Linear("int8", **ALL)):
+        module = next(m for m in tiny.pipe.transformer.modules() if _quantised(m))
+        with pytest.raises(accel.AccelError, match="to offload them by groups"):
+            module.weight.data = module.weight.to(cpu)
+        tiny.pipe.transformer.to(torch.float64).to(torch.float32)
+    tiny.pipe.transformer.enable_group_offload(cpu, cpu, "leaf_level")
+    with pytest.raises(accel.AccelError, match="group offload keeps its own list"):
+        accel.patch(tiny.pipe, Linear("int8", **ALL))
+
+
+def _quantised(module: torch.nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), QuantisedWeight)
+
+
 def test_torchao_says_why_it_does_not_serve(monkeypatch) -> None:
     pytest.importorskip("torchao")
     cpu = torch.device("cpu")
