@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from accel.kernels import triton_device
+from accel.kernels.triton_device import why_not as device_why_not
 from accel.method import AccelError
 
 MAX_HEAD_DIM = 256
@@ -17,7 +17,7 @@ def why_not(query: Tensor, capability: tuple[int, int] = (8, 0)) -> str | None:
 
     `capability` is the least CUDA compute capability that the kernel needs.
     """
-    reason = triton_device.why_not(query.device, capability)
+    reason = device_why_not(query.device, capability)
     if reason is not None:
         return reason
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
