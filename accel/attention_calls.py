@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from accel.hooks import native_dispatch, override
+from accel.hooks import native_dispatch, override, plain_class
 from accel.method import AccelError, Handle
 from accel.sublayer import sublayers
 
@@ -128,7 +128,7 @@ class Interception:
             self._held.pop(key)[1].remove()
         for key, processor in wanted.items():
             if key not in self._held:
-                call = partial(self._call, processor, type(processor).__call__)
+                call = partial(self._call, processor, plain_class(processor).__call__)
                 undo = override(processor, {"__call__": call})
                 self._held[key] = (processor, Handle(undo))
 

@@ -21,7 +21,7 @@ def call_block(
     """Block `index` of the chain is called: run it, or skip what a site covers."""
     forward, chain = denoiser.forward, denoiser.chain
     if forward is None:
-        return original(*args, **kwargs)
+        return _outside(denoiser, index, original(*args, **kwargs), args, kwargs)
     forward.blocks += 1
     if index == 0:
         original, args, kwargs = split_before(chain.blocks[0], original, args, kwargs)
@@ -46,6 +46,16 @@ def call_block(
     output = chain.learn(index, arguments, original(*args, **kwargs))
     if last and chain.known(index) and number in forward.inputs and forward.entry:
         _remember(denoiser, forward, number, chain.outputs(index, output))
+    return output
+
+
+def _outside(
+    denoiser: Denoiser, index: int, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What a block gave in a call that no site has a part in; the chain may watch."""
+    if denoiser.studying:
+        chain = denoiser.chain
+        chain.learn(index, chain.arguments(index, args, kwargs), output)
     return output
 
 

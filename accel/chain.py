@@ -38,6 +38,8 @@ class Chain:
         ]
         self._shapes: dict[int, torch.Size] = {}
         self._learning = any(stack.outputs is None for stack in self.stacks)
+        self.studied = not self._learning
+        """Whether one call went through that sites had no part in, for the streams to be known."""
         self._last: tuple[int, tuple[Any, ...]] | None = None
         self._picture_last: bool | None = None
         """Where more tokens than block 0's are worked on: whether its own are the last of them."""
@@ -177,7 +179,8 @@ class Chain:
 
 def parameters(module: Any) -> tuple[str, ...]:
     """Names of the parameters of a module's forward, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
+    plain = getattr(module, "_orig_mod", module)  # torch.compile's takes all
+    return tuple(inspect.signature(plain.forward).parameters)
 
 
 def _streams(stacks: list[Stack]) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class Denoiser:
         self._grid: tuple[Callable[[], Arguments | None], Grid | None] = (lambda: None, None)
         """Called at a run's first step with the number of latent values of one sample, and t."""
         self.guard: Guard | None = None
-        self.names = parameters(getattr(module, "_orig_mod", module))  # torch.compile's takes all
+        self.names = parameters(module)
         self.forgetting: list[Callable[[], Any]] = []
         """Called whenever what a run has gathered is dropped."""
         self._followers = 0
@@ -85,6 +85,8 @@ class Denoiser:
         self._branches = BranchStates(family, clock, self.sites)
         self.forward: Forward | None = None
         """The call in flight."""
+        self.studying = False
+        """Whether a call is in flight that the chain alone watches."""
         self._undo: Callable[[], None] | None = None
         self._block_undo: list[Callable[[], None]] = []
         self._layers: list[_Hooked] = []
@@ -303,9 +305,24 @@ class Denoiser:
             arguments = Arguments(self.names, args, kwargs)
             latent = arguments.get(self.family.latent)
             self.first_call(latent[0].numel(), arguments.get("timestep"))
+        if self.skips_blocks and not self.chain.studied:
+            self._study(partial(original, *args, **kwargs))
         run = partial(self._run_branch, original)
         call = partial(self._between, run) if self._between is not None else partial(run, None)
         return call(args, kwargs) if self.outside is None else self.outside(call, args, kwargs)
+
+    def _study(self, run: Callable[[], Any]) -> None:
+        """Let the chain see one call first: sites of unknown streams would miss a step of the run.
+
+        Once in the life of a patch, and only where structure is all that is known of a model.
+        """
+        self.studying = True
+        try:
+            run()
+        finally:
+            self.studying = False
+            self.chain.studied = True
+            self.chain.forget()
 
     def _run_branch(
         self,

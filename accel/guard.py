@@ -38,6 +38,10 @@ class Guard:
     def begin(self) -> None:
         """A new run."""
         self.repaired = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """The run is over: its predictions are let go."""
         self._known.clear()
 
     def computed(self, branch: tuple[str, str, int], prediction: Tensor) -> None:

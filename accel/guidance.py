@@ -81,6 +81,10 @@ def guide(denoiser: Denoiser, policy: Callable[[], GuidancePolicy], method: str)
         raise
 
 
+def _bare(prediction: Tensor) -> Any:
+    return prediction
+
+
 class _Branches:
     """Runs the branches of every step that the policy wants."""
 
@@ -89,15 +93,25 @@ class _Branches:
     ) -> None:
         self.denoiser, self.make, self.method = denoiser, policy, method
         self.run, self.seen, self.step = -1, -1, -1
-        self.policy: GuidancePolicy = policy()
+        self._policy: GuidancePolicy | None = None
         self.choice = "full"
         self.cond: Tensor | None = None
+        self.dress: Callable[[Tensor], Any] = _bare
+        """What makes of a prediction the output that the pipeline takes."""
         self.calls = 0
         self.doubled, self.rows = False, 0
 
     def restart(self) -> None:
         """What the policy remembers is of another run, or of another size."""
         self.run = -1
+        if self.denoiser.clock.step is None:  # the run is over: its tensors are let go
+            self._policy, self.cond, self.dress = None, None, _bare
+
+    @property
+    def policy(self) -> GuidancePolicy:
+        """The policy of the run in progress."""
+        assert self._policy is not None  # made at its first call
+        return self._policy
 
     def call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pipeline calls the denoiser; `run(branch, args, kwargs)` really does."""
@@ -108,7 +122,7 @@ class _Branches:
             self.seen = clock.run
             self.doubled, self.rows = is_doubled(denoiser, arguments), self._count(arguments)
         if clock.run != self.run:
-            self.run, self.policy, self.step = clock.run, self.make(), -1
+            self.run, self._policy, self.step = clock.run, self.make(), -1
         if clock.step != self.step:
             self._check_last_step()
             self.step, self.calls = clock.step, 0

@@ -33,9 +33,7 @@ def override(instance: Any, overrides: Mapping[str, Override]) -> Callable[[], N
     """
     if _STATE in instance.__dict__:
         raise AccelError(f"this {type(instance).__name__} is patched already; accel.unpatch first")
-    base = type(instance)
-    # `type(patched.scheduler).from_config(...)` makes an instance of our own subclass
-    base = next((plain for (plain, _), ours in _subclasses.items() if ours is base), base)
+    base = plain_class(instance)
     names = tuple(sorted(name for name in overrides if hasattr(base, name)))
     subclass = _subclass(base, names)
     instance.__dict__[_STATE] = dict(overrides)
@@ -47,6 +45,22 @@ def override(instance: Any, overrides: Mapping[str, Override]) -> Callable[[], N
             instance.__class__ = base
 
     return undo
+
+
+def plain_class(instance: Any) -> type:
+    """The class of an instance without our overrides.
+
+    `type(patched.scheduler).from_config(...)` makes an instance of our subclass, and so does
+    diffusers of an attention processor.
+    """
+    own = type(instance)
+    return next((plain for (plain, _), ours in _subclasses.items() if ours is own), own)
+
+
+def tidy(instance: Any) -> None:
+    """Give an instance that was made from our subclass, and is not overridden, its plain class."""
+    if _STATE not in instance.__dict__:
+        instance.__class__ = plain_class(instance)
 
 
 def _subclass(base: type, names: tuple[str, ...]) -> type:

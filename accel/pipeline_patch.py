@@ -13,7 +13,7 @@ from accel.clock import StepClock
 from accel.denoiser import Denoiser
 from accel.geometry import first_place, log_signal_to_noise, noisiest_first, prediction_kind
 from accel.guard import Guard
-from accel.hooks import PATCH, call_arguments, call_length, is_compiled_whole, override
+from accel.hooks import PATCH, call_arguments, call_length, is_compiled_whole, override, tidy
 from accel.memory_budget import Budget
 from accel.method import AccelError, Handle, Method
 from accel.recipe import Recipe, Validity
@@ -90,6 +90,7 @@ class Patch:
         while self._undo:
             self._undo.pop()()
         self._release_scheduler()
+        tidy(self._pipe.scheduler)
         if self._pipe.__dict__.get(PATCH) is self:
             del self._pipe.__dict__[PATCH]
 
@@ -120,7 +121,8 @@ class Patch:
         if self._guard is not None:
             self._clock.listeners.append(self._guard.begin)
         self._pipe.__dict__[PATCH] = self
-        self._undo.append(override(self._pipe, {"__call__": self._run}))
+        calls = {"__call__": self._run, "unfuse_lora": self._weights_changed}
+        self._undo.append(override(self._pipe, calls))
         self._hold_scheduler()
 
     def _attach_methods(self, methods: tuple[Method, ...]) -> None:
@@ -197,6 +199,8 @@ class Patch:
                 self._clock.end()
                 for denoiser in self._denoisers:
                     denoiser.forget()
+                if self._guard is not None:
+                    self._guard.forget()
 
     def _say_when_idle(self) -> None:
         """A run in which a cache never acted is said loudly."""
@@ -217,6 +221,12 @@ class Patch:
                 "or interval saves more",
                 names,
             )
+
+    def _weights_changed(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Of its ways to change a LoRA, the pipeline's alone asks no denoiser."""
+        for denoiser in self._denoisers:
+            denoiser.forget()
+        return original(*args, **kwargs)
 
     def _hold_denoisers(self) -> None:
         """Follow the pipeline's denoisers of now; users exchange and compile them between runs."""

@@ -70,7 +70,7 @@ def sublayers(chain: Chain, owner: str) -> list[Sublayer]:
                     f"{owner}: feed-forward chunking is on, which calls a layer several times a "
                     "step; disable_forward_chunking() first"
                 )
-            found += _of_block(part, index, "temporal" in stack.name)
+            found += _of_block(getattr(part, "_orig_mod", part), index, "temporal" in stack.name)
     return found
 
 

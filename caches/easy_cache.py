@@ -53,7 +53,8 @@ class EasyCache:
                 return leaders[0]
             return _Follow(leaders)
 
-        return denoiser.cache_model(policy, self.reuse)
+        site = denoiser.cache_model(policy, self.reuse)
+        return Handle.together([site, denoiser.when_forgetting(leaders.clear)])
 
 
 class _Accumulate:

@@ -15,7 +15,7 @@ from accel.denoiser import Denoiser
 from accel.guidance import is_doubled
 from accel.method import AccelError, Handle, check, is_count, is_number
 from accel.site import Branch, Computed, Policy, Signals, StepContext, Streams
-from accel.sublayer import Sublayer, cache_sublayers
+from accel.sublayer import Sublayer, cache_sublayers, sublayers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +79,13 @@ class ToCa:
     def attach(self, denoiser: Denoiser) -> Handle:
         """Attach to every attention and MLP layer."""
         depth = max(len(denoiser.chain.blocks) - 1, 1)
+        for layer in sublayers(denoiser.chain, "ToCa"):
+            attention = type(layer.modules[0]).__name__
+            if layer.kind == "self" and not hasattr(layer.modules[0], "to_v"):
+                raise AccelError(
+                    f"ToCa scores tokens by attention's values, and {attention} of "
+                    f"{type(denoiser.module).__name__} has no to_v"
+                )
 
         def doubled() -> bool:
             assert denoiser.forward is not None  # asked by policies only

@@ -127,7 +127,9 @@ class LinearAG:
 
         if not found:
             logger.info("LinearAG: no coefficients known; the first run is computed and measured")
-        return guide(denoiser, policy, "LinearAG").settling(settled)
+        guided = guide(denoiser, policy, "LinearAG")
+        forgetting = denoiser.when_forgetting(lambda: setattr(fit, "past", _Past()))
+        return Handle.together([guided, forgetting]).settling(settled)
 
 
 class _Past:

@@ -88,7 +88,7 @@ class _Frozen:
 
     def forget(self) -> None:
         """They are of another size now (staged sampling), or of another prompt."""
-        self.run = -1
+        self.run, self.outputs = -1, {}
 
     def of_run(self, run: int) -> dict[int, dict[str, Streams]]:
         if run != self.run:

@@ -279,8 +279,58 @@ def test_a_scheduler_made_from_the_held_ones_class_counts_each_step_once() -> No
     run(tiny)
     assert accel.stats(tiny.pipe).hit_rate == 0.5
     assert len(accel.stats(tiny.pipe).verdicts["unet/batched"]) == STEPS
+    tiny.pipe.scheduler = type(tiny.pipe.scheduler).from_config(held.config)
     accel.unpatch(tiny.pipe)
     assert type(tiny.pipe.scheduler) is plain
+
+
+def test_processors_made_from_the_held_ones_class_attend_as_before() -> None:
+    """Loading an IP-Adapter makes new processors by `type(old)()`."""
+    tiny = fresh("sd15")
+    plain = run(tiny)
+    with accel.patched(tiny.pipe, accel.Attention("sdpa")):
+        kinds = {name: type(each) for name, each in tiny.pipe.unet.attn_processors.items()}
+        tiny.pipe.unet.set_attn_processor({name: kind() for name, kind in kinds.items()})
+        assert torch.equal(run(tiny), plain)
+    assert torch.equal(run(tiny), plain)
+
+
+def test_a_lora_unfused_during_a_run_drops_what_was_cached() -> None:
+    """The pipeline unmerges the layers itself and asks no denoiser."""
+    tiny = fresh("wan21")
+    add_lora(tiny.pipe)
+
+    def unfuse(pipe, step, timestep, kwargs):
+        if step == 2:
+            pipe.unfuse_lora(components=["transformer"])
+        return kwargs
+
+    def unfusing() -> torch.Tensor:
+        tiny.pipe.fuse_lora(components=["transformer"])
+        return run(tiny, callback_on_step_end=unfuse)
+
+    plain = unfusing()
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=1)):
+        assert torch.equal(unfusing(), plain)
+    with accel.patched(tiny.pipe, accel.PlainCycle(interval=4, warmup=1)) as handle:
+        unfusing()
+        assert handle.report().verdicts["transformer/cond"] == "CRRCCRRR"
+
+
+@pytest.mark.parametrize("family", ["wan21", "pixart"])
+@pytest.mark.parametrize("method", [CYCLE, accel.FORA(interval=2)], ids=repr)
+def test_blocks_wrapped_one_by_one_before_patching(family, method) -> None:
+    """`blocks[i] = torch.compile(blocks[i])` hides the block's signature and its layers."""
+    tiny = fresh(family)
+    with accel.patched(tiny.pipe, method):
+        wanted = run(tiny)
+    transformer = tiny.pipe.transformer
+    blocks = transformer.blocks if family == "wan21" else transformer.transformer_blocks
+    for index, block in enumerate(blocks):
+        blocks[index] = torch.compile(block, backend="eager")
+    with accel.patched(tiny.pipe, method) as handle:
+        assert torch.equal(run(tiny), wanted)
+        assert handle.report().share_computed < 1
 
 
 def test_second_order_schedulers_count_their_own_steps() -> None:

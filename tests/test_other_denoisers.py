@@ -37,6 +37,26 @@ def test_blocks_are_skipped_and_the_pipeline_is_given_back(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "method",
+    [accel.TeaCache(threshold=1e6, polynomial=(1.0, 0.1)), accel.FirstBlockCache(threshold=10.0)],
+    ids=repr,
+)
+def test_a_first_run_is_like_every_later_one(name: str, method: accel.Method) -> None:
+    """What structure tells of the streams is known before the first step counts."""
+    tiny, _ = other(name)
+    with accel.patched(tiny.pipe, method):
+        first = run(tiny)
+        assert torch.equal(run(tiny), first)
+
+
+def test_to_ca_says_which_attention_it_cannot_score() -> None:
+    tiny, _ = other("flux2")
+    with pytest.raises(accel.AccelError, match="Flux2ParallelSelfAttention of Flux2Transformer2D"):
+        accel.patch(tiny.pipe, accel.ToCa())
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_identity_settings_change_nothing(name: str) -> None:
     tiny, untouched = other(name)
     for method in (accel.PlainCycle(interval=1), accel.FirstBlockCache(threshold=0.0)):
@@ -97,6 +117,8 @@ def test_a_residual_is_added_to_the_pictures_own_tokens(name: str) -> None:
     ]
     try:
         with accel.patched(tiny.pipe, CYCLE) as handle:
+            run(tiny)  # its first call is made twice: the chain is learned
+            entered.clear(), left.clear()
             run(tiny)
             rows = handle.report().rows
     finally:

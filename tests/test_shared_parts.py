@@ -153,6 +153,35 @@ def test_a_patched_pipeline_can_be_forgotten() -> None:
     assert transformer() is None
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        accel.TGate(gate=0.5, warmup=1, interval=2),
+        accel.CfgCache(interval=2, start=0.0),
+        accel.AdaptiveGuidance(threshold=-1.0, warmup=1),
+        accel.LinearAG(),
+        accel.EasyCache(threshold=0.5, warmup=2),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+@pytest.mark.parametrize("family", ["wan21", "sd15"])
+def test_a_run_leaves_no_tensors_behind(family, method) -> None:
+    """But its schedule's timesteps and noise levels."""
+    tiny = TINY[family]()
+
+    run(tiny)
+
+    def held() -> int:
+        gc.collect()
+        return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+    with accel.patched(tiny.pipe, method, guard=True) as handle:
+        before = held()
+        run(tiny)
+        assert handle.methods  # what was measured is settled
+        assert held() - before <= 2
+
+
 def test_moving_to_another_dtype_between_runs() -> None:
     tiny, wide = TINY["sd15"](), TINY["sd15"]()
     accel.patch(tiny.pipe, CYCLE)
