@@ -72,7 +72,7 @@ class AdaCache:
             check(self.codebook in CODEBOOKS, self, "codebook", f"{names} or pairs")
         else:
             accepted = "pairs of a bound above 0 and a distance in steps"
-            check(is_series(self.codebook, _is_entry), self, "codebook", accepted)
+            check(is_series(self.codebook, _is_entry, least=0), self, "codebook", accepted)
         check(isinstance(self.motion, bool), self, "motion", "True or False")
         check(is_number(self.motion_norm) and self.motion_norm > 0, self, "motion_norm", "> 0")
 

@@ -59,8 +59,8 @@ class VGDFR:
 
     def __post_init__(self) -> None:
         check(is_number(self.keep) and 0.5 <= self.keep <= 1, self, "keep", "between 0.5 and 1")
-        similar = is_number(self.similarity) and self.similarity <= 1
-        check(similar, self, "similarity", "an SSIM, at most 1")
+        accepted = "an SSIM (above 1 nothing is merged)"
+        check(is_number(self.similarity), self, "similarity", accepted)
         check(is_number(self.look) and 0 < self.look < 1, self, "look", "a share between 0 and 1")
         check(is_count(self.tail, 0), self, "tail", "a whole number")
         layers = self.global_layers

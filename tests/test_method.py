@@ -14,7 +14,6 @@ WRONG = [
     ("AdaCache", {"codebook": ((math.nan, 2),)}),
     ("AdaCache", {"codebook": (("x", 2),)}),
     ("AdaCache", {"codebook": ((-1.0, 2),)}),
-    ("AdaCache", {"codebook": ()}),
     ("Attention", {"plan": 3}),
     ("Attention", {"plan": {"attn": 3}}),
     ("BAC", {"schedules": 3}),
@@ -40,7 +39,6 @@ WRONG = [
     ("StepMask", {"mask": 5}),
     ("TeaCache", {"polynomial": 3}),
     ("TeaCache", {"domain": 3}),
-    ("VGDFR", {"similarity": 5}),
 ]
 
 

@@ -73,6 +73,8 @@ def test_the_grid_lies_on_the_tokens_that_the_noise_decides(name) -> None:
         denoiser = handle._denoisers[0]
 
         def look(call: AttentionCall) -> torch.Tensor:
+            if denoiser.forward is None:  # the call from which the chain is learned
+                return call.plain()
             arguments = denoiser.forward.arguments
             grid, tokens = denoiser.grid(arguments), call.query.shape[2]
             start = picture_start(denoiser.family, arguments, tokens, grid)
