@@ -73,8 +73,8 @@ class Denoiser:
         """`outside(call, args, kwargs)` stands before everything else: stages change sizes."""
         self.budget: Budget | None = None
         self.first_call: Callable[[int, Any], None] = lambda latents, timestep: None
-        self._grid: tuple[Callable[[], Arguments | None], Grid | None] = (lambda: None, None)
         """Called at a run's first step with the number of latent values of one sample, and t."""
+        self._grid: tuple[Callable[[], Arguments | None], Grid | None] = (lambda: None, None)
         self.guard: Guard | None = None
         self.names = parameters(module)
         self.forgetting: list[Callable[[], Any]] = []

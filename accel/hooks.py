@@ -59,8 +59,9 @@ def plain_class(instance: Any) -> type:
 
 def tidy(instance: Any) -> None:
     """Give an instance that was made from our subclass, and is not overridden, its plain class."""
-    if _STATE not in instance.__dict__:
-        instance.__class__ = plain_class(instance)
+    plain = plain_class(instance)
+    if plain is not type(instance) and _STATE not in instance.__dict__:
+        instance.__class__ = plain
 
 
 def _subclass(base: type, names: tuple[str, ...]) -> type:

@@ -90,7 +90,7 @@ class Patch:
         while self._undo:
             self._undo.pop()()
         self._release_scheduler()
-        tidy(self._pipe.scheduler)
+        tidy(getattr(self._pipe, "scheduler", None))
         if self._pipe.__dict__.get(PATCH) is self:
             del self._pipe.__dict__[PATCH]
 
