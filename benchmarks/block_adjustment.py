@@ -1,6 +1,8 @@
 """BlockCaching with and without fitted scale and shift, on prompts that were not fitted.
 
-python benchmarks/block_adjustment.py benchmarks/results/zoo-block-adjustment.json
+python benchmarks/block_adjustment.py benchmarks/results/zoo-block-adjustment.json emoji-unet
+
+Names no model: all. Rows of models that are not measured are kept.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ THRESHOLDS = (0.1, 0.2, 0.4)
 
 
 def main() -> None:
-    """Measure every model and threshold; rows are written as they come."""
-    output = Path(sys.argv[1])
-    result = {"command": " ".join(["python", *sys.argv]), "steps": STEPS, "rows": []}
-    for name in model_zoo.names():
+    """Measure the models named, every threshold; rows are written as they come."""
+    output, models = Path(sys.argv[1]), sys.argv[2:] or model_zoo.names()
+    result = json.loads(output.read_text()) if output.exists() else {"steps": STEPS, "rows": []}
+    result["rows"] = [row for row in result["rows"] if row["model"] not in models]
+    for name in models:
+        result[name] = " ".join(["python", *sys.argv])
         pipe, call, _ = model_zoo.load(name)
         call["num_inference_steps"] = STEPS
         train = model_zoo.prompts(name, "train").read_text().splitlines()

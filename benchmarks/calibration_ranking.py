@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import math
 import os
 import sys
@@ -99,19 +100,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
     parser.add_argument("picture", type=Path, nargs="?")
-    parser.add_argument("--models", nargs="+", default=model_zoo.names())
+    parser.add_argument("--models", nargs="+", default=model_zoo.names(), help="others are kept")
     parser.add_argument("--random", action="store_true")
     options = parser.parse_args()
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers")}
+    old = json.loads(options.output.read_text())["models"] if options.output.exists() else {}
     result: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
         "random_weights": options.random,
         "machine": {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {"accel": accel.__version__, **versions},
-        "models": {},
+        "models": old,
     }
     for name in options.models:
-        found = measure(name, options.random)
+        found = {"command": " ".join(["python", *sys.argv]), **measure(name, options.random)}
         result["models"][name] = found
         print(f"{name}: Spearman {found['spearman']:.3f} over {len(found['rows'])} candidates")
         write_json(options.output, result)

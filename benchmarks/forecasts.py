@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import statistics
 import sys
 from pathlib import Path
@@ -61,15 +62,18 @@ def main() -> None:
     """From the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("output", type=Path)
+    parser.add_argument("--models", nargs="+", default=model_zoo.names(), help="others are kept")
     parser.add_argument("--num-prompts", type=int, default=6)
     options = parser.parse_args()
-    result = {
-        "command": " ".join(["python", "-m", "benchmarks.forecasts", *sys.argv[1:]]),
-        "versions": {each: importlib.metadata.version(each) for each in ("torch", "diffusers")},
-        "prompts": options.num_prompts,
-        "models": {name: measured(name, options.num_prompts) for name in model_zoo.names()},
-    }
-    write_json(options.output, result)
+    result = json.loads(options.output.read_text()) if options.output.exists() else {"models": {}}
+    result["versions"] = {each: importlib.metadata.version(each) for each in ("torch", "diffusers")}
+    for name in options.models:
+        result["models"][name] = {
+            "command": " ".join(["python", "-m", "benchmarks.forecasts", *sys.argv[1:]]),
+            "prompts": options.num_prompts,
+            "rows": measured(name, options.num_prompts),
+        }
+        write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class _Window:
         self.settings = settings
 
     def skip(self, context: StepContext, signals: Signals) -> bool:
-        begun = context.place >= self.settings.start * context.schedule
+        begun = context.step >= self.settings.start * context.total
         return begun and context.skipped < self.settings.interval - 1
 
     def computed(self, context: StepContext, signals: Signals, site: Computed) -> None:

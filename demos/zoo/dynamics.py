@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -168,22 +169,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=Path)
     parser.add_argument("picture", type=Path)
-    parser.add_argument("--models", nargs="+", default=model_zoo.names())
+    parser.add_argument("--models", nargs="+", default=model_zoo.names(), help="others are kept")
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--varied", type=int, default=12, help="captions with several seeds")
     options = parser.parse_args()
-    models = {}
+    result = json.loads(options.json.read_text()) if options.json.exists() else {"models": {}}
+    result["versions"] = {each: importlib.metadata.version(each) for each in ("torch", "diffusers")}
     for name in options.models:
-        models[name] = measured(name, options.num_prompts, options.varied)
-        print(name, models[name]["verdicts"], flush=True)
-    result = {
-        "command": " ".join(["python -m demos.zoo.dynamics", *sys.argv[1:]]),
-        "versions": {each: importlib.metadata.version(each) for each in ("torch", "diffusers")},
-        "prompts": options.num_prompts,
-        "models": models,
-    }
+        result["models"][name] = {
+            "command": " ".join(["python -m demos.zoo.dynamics", *sys.argv[1:]]),
+            **measured(name, options.num_prompts, options.varied),
+        }
+        print(name, result["models"][name]["verdicts"], flush=True)
     write_json(options.json, result)
-    plot(models, options.picture)
+    plot(result["models"], options.picture)
 
 
 if __name__ == "__main__":

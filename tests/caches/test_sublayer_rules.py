@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,13 @@ def test_faster_cache_skips_the_published_steps() -> None:
     assert skipped_steps(open_sora, 30) == list(range(7, 30, 2))
     cog = FasterWindow(accel.FasterCache(interval=3, start=18 / 50))
     assert skipped_steps(cog, 50) == [s for s in range(18, 50) if (s - 18) % 3 != 2]
+
+
+def test_faster_cache_counts_the_steps_that_image_to_image_makes() -> None:
+    """As the weight of its extrapolation does: a share of the run, not of the schedule."""
+    window = FasterWindow(accel.FasterCache(start=0.5))
+    made = [replace(context_at(step, 8), place=8 + step) for step in range(8)]
+    assert [window.skip(each, None) for each in made] == [False] * 4 + [True] * 4
 
 
 def test_faster_cache_extrapolates_ever_more() -> None:
