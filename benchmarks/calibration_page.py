@@ -18,6 +18,7 @@ MODELS = (
     "emoji-image",
     "emoji-image-6500",
     "emoji-unet",
+    "emoji-unet-5300",
 )
 
 

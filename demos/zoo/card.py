@@ -32,9 +32,9 @@ ABOUT = {
     "emoji-unet": (
         "StableDiffusionPipeline",
         "Text to picture, 64×64 pixels, 16×16 latents: UNet2DConditionModel (64, 128, 128 channels), "
-        "AutoencoderKL (4×, 8 channels), CLIP text encoder (2 layers), ε-prediction.",
+        "AutoencoderKL (4×, 12 channels), CLIP text encoder (2 layers), ε-prediction.",
         "demos.zoo.emoji_unet",
-        "fp32 on one CPU thread",
+        "two CPU threads, `--bf16`",
     ),
 }
 

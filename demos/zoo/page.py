@@ -1,7 +1,8 @@
 """Fill the tables and loss curves of `docs/zoo.md`: `python -m demos.zoo.page`.
 
 Reads the models under zoo/, their `benchmarks/results/emoji-*-quality.json` (`demos.zoo.evaluate`),
-`benchmarks/results/zoo-dynamics.json` (`demos.zoo.dynamics`) and zoo/emoji-unet/loras.json.
+`emoji-unet-pairs.json` (`demos.zoo.evaluate_pairs`) and `zoo-dynamics.json` (`demos.zoo.dynamics`)
+there, and zoo/emoji-unet/loras.json.
 """
 
 from __future__ import annotations
@@ -127,6 +128,18 @@ def besides(dynamics: dict[str, Any]) -> str:
     return card.table(head, rows)
 
 
+def pairs() -> str:
+    """Captions of two objects."""
+    result = json.loads((RESULTS / "emoji-unet-pairs.json").read_text())
+    columns = ["colour", "first", "second", "both", "swapped"]
+    rows = [
+        ["real renders" if name == "real" else name, *(f"{found[key]:.0%}" for key in columns)]
+        for name, found in result.items()
+        if isinstance(found, dict)
+    ]
+    return card.table(["", *columns], rows)
+
+
 def loras() -> str:
     """How strongly each LoRA shows."""
     return card.lora_table(json.loads(Path("zoo/emoji-unet/loras.json").read_text()))
@@ -148,6 +161,7 @@ def sections() -> dict[str, str]:
         "scores": scores(),
         "dynamics": inside(dynamics),
         "besides": besides(dynamics),
+        "pairs": pairs(),
         "loras": loras(),
     }
 

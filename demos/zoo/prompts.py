@@ -1,8 +1,9 @@
 """Write the zoo's prompt files: `python -m demos.zoo.prompts`.
 
-`train` holds captions seen in training (a sample), `heldout` captions never seen, for tuning and
-validation, and `final` other captions never seen, for final figures only. emoji-image and
-emoji-video were trained on the first 64 names and have 64 final captions; emoji-unet has all.
+`train` holds captions seen in training (a sample; of emoji-unet all of one object), `heldout`
+captions never seen, for tuning and validation, and `final` other captions never seen, for final
+figures only. emoji-image and emoji-video were trained on the first 64 names and have 64 final
+captions; emoji-unet has all, and `pairs` with two objects.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ def lines(video: bool, names: list[str]) -> dict[str, list[str]]:
     shuffled.shuffle(seen)
     shuffled.shuffle(unseen)
     half = min(SIZES["heldout"], len(unseen) // 2)
-    final = SIZES["final"] if names == data.FIRST_NAMES else len(unseen)
+    few = names == data.FIRST_NAMES
     return {
-        "train": seen[: SIZES["train"]],
+        "train": seen[: SIZES["train"]] if few else seen,
         "heldout": unseen[:half],
-        "final": unseen[half : half + final],
+        "final": unseen[half : half + SIZES["final"]] if few else unseen[half:],
     }
 
 
@@ -49,6 +50,7 @@ def files() -> dict[str, list[str]]:
     kinds = {
         "prompts_{}.txt": lines(True, data.FIRST_NAMES),
         "prompts_{}_image.txt": lines(False, data.FIRST_NAMES),
+        "emoji-unet/prompts_{}.txt": lines(False, data.NAMES) | {"pairs": pair_lines()},
     }
     return {
         name.format(part): captions

@@ -110,7 +110,7 @@ def test_rows_of_a_batch_follow_their_own_generators(name) -> None:
             "emoji-image",
             BottleneckSampling(shares=(0.1, 0.4, 0.5), up=8.0, positions="spread"),
         ),
-        ("emoji-unet", Progressive(renoise=2.0)),
+        ("emoji-unet", Progressive(renoise=4.0)),
     ],
 )
 def test_with_the_runs_own_noise_the_picture_stays_the_seeds(name, method) -> None:
